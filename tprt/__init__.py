@@ -1,0 +1,1 @@
+"""A multi-process tensor-parallel runtime for large language models."""

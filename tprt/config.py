@@ -1,0 +1,148 @@
+"""The settings of one deployment: frozen models, one section each, that refuse unknown keys.
+
+From these fields follow the YAML keys, `--set section.key=value`, the JSON schema and the reference page.
+Knows nothing of YAML, the command line or the environment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """Which checkpoint, and how it is read."""
+
+    path: str
+    """Folder with config.json, *.safetensors and the tokenizer; relative to the working directory."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV blocks; auto takes the checkpoint's, and float32 on a CPU."""
+    max_model_len: PositiveInt | None = None
+    """Most tokens of one sequence, prompt and output; none: what the checkpoint allows."""
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    """dummy fills the weights with small random numbers: for measuring without a checkpoint's files."""
+
+
+class ParallelConfig(_Section):
+    """How the model is spread over ranks."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Number of ranks, each a process with one device."""
+    rank_weights: tuple[PositiveFloat, ...] | None = None
+    """Share of each rank, in any unit (GiB of its GPU, say); none: equal shares."""
+    all_reduce: Literal["auto", "shm", "gloo", "nccl"] = "auto"
+    """How ranks sum: auto takes nccl on CUDA devices and shm between CPU ranks."""
+
+    @model_validator(mode="after")
+    def _one_weight_for_each_rank(self) -> ParallelConfig:
+        weights = self.rank_weights
+        if weights is not None and len(weights) != self.tensor_parallel_size:
+            raise ValueError(
+                f"rank_weights has {len(weights)} entries for tensor_parallel_size {self.tensor_parallel_size};"
+                " give one weight for each rank"
+            )
+        return self
+
+
+class CacheConfig(_Section):
+    """The KV blocks."""
+
+    block_size: PositiveInt = 16
+    """Tokens of one KV block."""
+    num_blocks: PositiveInt | None = None
+    """KV blocks of every rank; none: as many as memory_fraction of the device's memory holds."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that weights, workspace and KV blocks may take together."""
+    cpu_memory_gib: PositiveFloat = 1.0
+    """Memory for the KV blocks of one CPU rank, in GiB, where num_blocks is not given."""
+    enable_prefix_caching: bool = True
+    """Keep the KV blocks of finished prompts and share equal prefixes."""
+
+
+class SchedulerConfig(_Section):
+    """What one step may hold."""
+
+    max_num_seqs: PositiveInt = 256
+    """Most sequences that run at a time."""
+    max_num_batched_tokens: PositiveInt = 8192
+    """Most tokens of one step; longer prompts are computed in chunks."""
+
+    @model_validator(mode="after")
+    def _every_decode_fits_a_step(self) -> SchedulerConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs"
+                f" {self.max_num_seqs}; a step must hold one token of every running sequence"
+            )
+        return self
+
+
+class RuntimeConfig(_Section):
+    """What the workers compute with."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA devices where there are any."""
+    attention_backend: Literal["auto", "sdpa"] = "auto"
+    """Attention kernels; auto takes the best that the device has."""
+    enforce_eager: bool = False
+    """Launch kernels one by one, never from a captured CUDA graph; a CPU has no graphs."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of each rank; none: the machine's cores divided by the ranks on it."""
+
+
+class ServerConfig(_Section):
+    """Where the HTTP server listens."""
+
+    host: str = "127.0.0.1"
+    """Address to bind."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port; 0 takes a free one."""
+
+
+class SupervisionConfig(_Section):
+    """Deadlines, in seconds; nothing waits without one."""
+
+    startup_timeout_s: PositiveFloat = 600.0
+    """From the spawn of the ranks until all of them are ready."""
+    step_timeout_s: PositiveFloat = 300.0
+    """For one step of the model; a rank that takes longer has failed."""
+    shutdown_grace_s: PositiveFloat = 5.0
+    """Between asking a process to exit and killing it."""
+
+
+class LoggingConfig(_Section):
+    """What is written to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is written."""
+    format: Literal["text", "json"] = "text"
+    """text for people, one JSON object per line for programs."""
+
+
+class Config(_Section):
+    """One deployment."""
+
+    model: ModelConfig
+    """Which checkpoint, and how it is read."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over ranks."""
+    cache: CacheConfig = CacheConfig()
+    """The KV blocks."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    """What one step may hold."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """What the workers compute with."""
+    server: ServerConfig = ServerConfig()
+    """Where the HTTP server listens."""
+    supervision: SupervisionConfig = SupervisionConfig()
+    """Deadlines, in seconds; nothing waits without one."""
+    logging: LoggingConfig = LoggingConfig()
+    """What is written to standard error."""
