@@ -1,0 +1,43 @@
+"""The interface of every attention backend.
+
+Knows nothing of projections, positions or models: queries, keys and values come in, rotated already.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from tprt.context import Context
+
+
+class AttentionBackend(ABC):
+    """Computes attention for one device. One object serves all layers of a model."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def write_kv(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Store `key` and `value` `[T, kv, D]` in `kv_cache` `[2, N, block_size, kv, D]` at their slots."""
+
+    @abstractmethod
+    def prefill(self, qkv: tuple[Tensor, Tensor, Tensor], kv_cache: Tensor, context: Context) -> Tensor:
+        """Attend causally over the ragged batch that `cu_seqlens_q` and `cu_seqlens_k` describe.
+
+        With `block_tables` keys and values are read from the cache (where `write_kv` has put this step's);
+        without, from `qkv` itself. Queries are the last tokens of their sequence.
+
+        Args:
+            qkv: queries `[T, h, D]`, keys and values `[T, kv, D]`.
+            kv_cache: `[2, N, block_size, kv, D]`.
+            context: of this batch.
+
+        Returns:
+            `[T, h, D]`.
+        """
+
+    @abstractmethod
+    def decode(self, query: Tensor, kv_cache: Tensor, context: Context) -> Tensor:
+        """Attend with one query token for each sequence, `[S, h, D]`, over its `context_lens` tokens."""

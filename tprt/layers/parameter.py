@@ -1,0 +1,61 @@
+"""Parameters that know which part of which checkpoint tensor they hold.
+
+Knows nothing of files; a loader asks a parameter what it expects and hands it whole tensors or slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tprt.sharding import Range
+
+ShardId = str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSlice:
+    """One checkpoint tensor's share of a parameter.
+
+    Attributes:
+        full_shape: shape of the whole tensor in the checkpoint.
+        dim: the dimension that is cut.
+        source: the part of `dim` that this rank holds.
+        dest: where that part begins along `dim` of the parameter.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int
+    source: Range
+    dest: int = 0
+
+
+class ShardedParameter(nn.Parameter):
+    """A parameter made of slices of checkpoint tensors, one for each shard id (None when there is one)."""
+
+    shards: Mapping[ShardId, ShardSlice]
+
+    def weight_loader(self, loaded_weight: Tensor, shard_id: ShardId = None) -> None:
+        """Copy this rank's part of the whole tensor `loaded_weight` into place."""
+        part = self.shards[shard_id]
+        assert tuple(loaded_weight.shape) == part.full_shape, "the loader checks shapes before it copies"
+        source = loaded_weight.narrow(part.dim, part.source.start, part.source.size)
+        self.data.narrow(part.dim, part.dest, part.source.size).copy_(source)
+
+
+def sharded_parameter(shards: Mapping[ShardId, ShardSlice]) -> ShardedParameter:
+    """Allocate the parameter that `shards` fill, in the default dtype and on the default device."""
+    first = next(iter(shards.values()))
+    shape = list(first.full_shape)
+    shape[first.dim] = sum(part.source.size for part in shards.values())
+    parameter = ShardedParameter(torch.empty(shape), requires_grad=False)
+    parameter.shards = shards
+    return parameter
+
+
+def whole(*shape: int) -> ShardedParameter:
+    """Allocate a parameter that every rank holds in full."""
+    return sharded_parameter({None: ShardSlice(shape, 0, Range(0, shape[0]))})

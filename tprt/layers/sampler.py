@@ -1,0 +1,125 @@
+"""Choosing the next tokens from logits that are sharded over the vocabulary.
+
+Greedy and plain random sampling exchange one candidate per rank and sequence, which is exact: with noise
+from Gumbel's distribution added, the largest logit of all is a draw from the softmax (Gumbel 1954; Maddison
+et al. 2014, arXiv:1411.0030), and a maximum over ranks is a maximum over the vocabulary. Truncated sampling
+and log-probabilities need the whole row and gather it.
+
+Noise is a function of (seed, position, token id) alone, so a request draws the same tokens whatever else is
+in the batch, on any number of ranks, and when it is computed again. Every rank ends with the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tprt.distributed import TPGroup
+from tprt.layers.noise import gumbel_noise
+from tprt.sharding import Range
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling parameters of the `n` sequences that are sampled in a step.
+
+    Attributes:
+        temperatures, top_ps, min_ps: `[n]` float32.
+        top_ks: `[n]` int64; 0 keeps all tokens.
+        noise_keys: `[n]` int64, one per (seed, position).
+        num_top: most likely tokens to report for each sequence; None when no log-probabilities are wanted.
+        any_random: some temperature is above 0.
+        any_truncated: some sequence uses top-k, top-p or min-p.
+    """
+
+    temperatures: Tensor
+    top_ks: Tensor
+    top_ps: Tensor
+    min_ps: Tensor
+    noise_keys: Tensor
+    num_top: int | None
+    any_random: bool
+    any_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """`token_ids` `[n]`; with log-probabilities asked for, `logprobs` `[n]` and `[n, num_top]` best tokens."""
+
+    token_ids: Tensor
+    logprobs: Tensor | None = None
+    top_token_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
+
+
+class Sampler(nn.Module):
+    """Samples on every rank alike; `vocab_rows[r]` is what rank r's logits cover."""
+
+    def __init__(self, group: TPGroup, vocab_rows: Sequence[Range]) -> None:
+        super().__init__()
+        self._group = group
+        self._sizes = [rows.size for rows in vocab_rows]
+        self._start = vocab_rows[group.rank].start
+
+    def forward(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        """`logits` `[n, v]` of this rank's rows; log-probabilities are those of the unscaled logits."""
+        logits = logits.float()
+        if batch.num_top is None and not batch.any_truncated:
+            return Sampled(self._from_candidates(_perturbed(logits, batch, self._start)))
+        full = self._group.all_gather(logits, self._sizes)
+        kept = _truncated(full, batch) if batch.any_truncated else full
+        token_ids = _perturbed(kept, batch, 0).argmax(dim=-1)
+        if batch.num_top is None:
+            return Sampled(token_ids)
+        return _with_logprobs(full, token_ids, batch.num_top)
+
+    def _from_candidates(self, scores: Tensor) -> Tensor:
+        """Return the token of the largest of all ranks' `scores` `[n, v]`; the lowest id wins a tie."""
+        best, index = scores.max(dim=-1)
+        if self._group.world_size == 1:
+            return index
+        # float64 holds a float32 score and a token id exactly, so one exchange carries both.
+        candidate = torch.stack([best.double(), (index + self._start).double()], dim=-1)
+        gathered = self._group.all_gather(candidate, [2] * self._group.world_size)
+        ranks = gathered.view(-1, self._group.world_size, 2)
+        winner = ranks[..., 0].argmax(dim=-1, keepdim=True)
+        return ranks[..., 1].gather(1, winner).squeeze(1).long()
+
+
+def _perturbed(logits: Tensor, batch: SamplingBatch, first_id: int) -> Tensor:
+    """Divide by the temperature and add noise, but leave greedy rows as they are."""
+    if not batch.any_random:
+        return logits
+    random_rows = batch.temperatures.nonzero().squeeze(1)
+    noise = gumbel_noise(batch.noise_keys[random_rows], first_id, logits.shape[-1])
+    temperatures = batch.temperatures[random_rows].unsqueeze(1)
+    return logits.index_copy(0, random_rows, logits[random_rows] / temperatures + noise)
+
+
+def _truncated(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Set what min-p, top-k and top-p exclude to minus infinity, in this order, after the temperature.
+
+    The most likely token always stays. Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    temperatures = batch.temperatures.where(batch.temperatures > 0, torch.ones_like(batch.temperatures))
+    ordered, ids = logits.sort(dim=-1, descending=True)
+    probs = (ordered / temperatures.unsqueeze(1)).softmax(dim=-1)
+    rank_of = torch.arange(logits.shape[-1], device=logits.device).unsqueeze(0)
+    top_ks = batch.top_ks.where(batch.top_ks > 0, torch.full_like(batch.top_ks, logits.shape[-1]))
+    kept = (probs >= batch.min_ps.unsqueeze(1) * probs[:, :1]) & (rank_of < top_ks.unsqueeze(1))
+    probs = probs.masked_fill(~kept, 0.0)
+    probs = probs / probs.sum(dim=-1, keepdim=True)
+    kept &= probs.cumsum(dim=-1) - probs < batch.top_ps.unsqueeze(1)
+    kept[:, 0] = True
+    ordered = ordered.masked_fill(~kept, float("-inf"))
+    return torch.empty_like(logits).scatter_(1, ids, ordered)
+
+
+def _with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Sampled:
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(num_top, dim=-1)
+    chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    return Sampled(token_ids, chosen, top.indices, top.values)
