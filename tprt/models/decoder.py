@@ -1,0 +1,181 @@
+"""The decoder-only transformer that the dense models share: pre-norm, rotary, grouped queries, gated MLP.
+
+A model file says by class attributes how it differs. Knows nothing of files, processes and scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from tprt.attention import AttentionBackend
+from tprt.checkpoint_config import CheckpointConfig
+from tprt.distributed import TPGroup
+from tprt.layers.activation import SiluAndMul
+from tprt.layers.attention import Attention
+from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from tprt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    split_columns,
+)
+from tprt.layers.norm import RMSNorm
+from tprt.layers.parameter import ShardId
+from tprt.layers.rotary import RotaryEmbedding, apply_rotary
+from tprt.sharding import Range, RankShard
+
+Rotation = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What every module of a model is built from."""
+
+    config: CheckpointConfig
+    shard: RankShard
+    group: TPGroup
+    backend: AttentionBackend
+    max_model_len: int
+
+
+class DecoderAttention(nn.Module):
+    """Self-attention of one layer over this rank's heads, summed over ranks by the output projection."""
+
+    def __init__(self, parts: ModelParts, qk_norm: bool) -> None:
+        super().__init__()
+        config, shard = parts.config, parts.shard
+        size = config.head_dim
+        heads = (config.num_attention_heads, shard.q_heads)
+        kv_heads = (config.num_key_value_heads, shard.kv_heads)
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, size, heads, kv_heads, config.attention_bias)
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * size,
+            config.hidden_size,
+            Range(shard.q_heads.start * size, shard.q_heads.stop * size),
+            parts.group,
+            config.attention_bias,
+        )
+        self.q_norm = RMSNorm(size, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_norm_eps) if qk_norm else None
+        self.attn = Attention(shard.kv_heads.size, size, parts.backend)
+        self._head_dim = size
+
+    def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
+        """`hidden` `[T, H]` to `[T, H]`."""
+        query, key, value = (
+            part.unflatten(-1, (-1, self._head_dim))
+            for part in split_columns(self.qkv_proj(hidden), self.qkv_proj.output_sizes)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
+        attended: Tensor = self.attn(query, key, value)
+        result: Tensor = self.o_proj(attended.flatten(1))
+        return result
+
+
+class DecoderMLP(nn.Module):
+    """The gated MLP of one layer over this rank's channels, summed over ranks by the down projection."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        super().__init__()
+        config, channels = parts.config, parts.shard.mlp_channels
+        whole = (config.intermediate_size, channels)
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, {0: whole, 1: whole}, config.mlp_bias
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, channels, parts.group, config.mlp_bias
+        )
+        self.act_fn = SiluAndMul()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`hidden` `[T, H]` to `[T, H]`."""
+        result: Tensor = self.down_proj(self.act_fn(self.gate_up_proj(hidden)))
+        return result
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual."""
+
+    def __init__(self, parts: ModelParts, qk_norm: bool) -> None:
+        super().__init__()
+        config = parts.config
+        self.self_attn = DecoderAttention(parts, qk_norm)
+        self.mlp = DecoderMLP(parts)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, residual: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Take and return (`hidden`, `residual`), both `[T, H]`, not yet added."""
+        normed, residual = self.input_layernorm.add_forward(hidden, residual)
+        attended = self.self_attn(normed, rotation)
+        normed, residual = self.post_attention_layernorm.add_forward(attended, residual)
+        return self.mlp(normed), residual
+
+
+class DecoderModel(nn.Module):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, parts: ModelParts, qk_norm: bool) -> None:
+        super().__init__()
+        config = parts.config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, parts.shard.vocab_rows, parts.group
+        )
+        self.layers = nn.ModuleList(DecoderLayer(parts, qk_norm) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(
+            config.head_dim, parts.max_model_len, config.rope_theta, config.rope_scaling
+        )
+
+    def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """`token_ids` and `positions` `[T]` int64, to hidden states `[T, H]`."""
+        residual: Tensor = self.embed_tokens(token_ids)
+        rotation = self.rotary_emb(positions, residual.dtype)
+        hidden = residual.new_zeros(())
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, rotation)
+        normed: Tensor = self.norm.add_forward(hidden, residual)[0]
+        return normed
+
+
+class DecoderForCausalLM(nn.Module):
+    """A decoder with its LM head. Subclasses set the class attributes."""
+
+    packed_modules_mapping: ClassVar[Mapping[str, tuple[str, ShardId]]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+    """Module name in the checkpoint, to the module here that holds it and its shard id there."""
+
+    qk_norm: ClassVar[bool] = False
+    """Whether queries and keys are normalised per head before the rotary embedding."""
+
+    def __init__(self, parts: ModelParts) -> None:
+        super().__init__()
+        config = parts.config
+        self.model = DecoderModel(parts, self.qk_norm)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            parts.shard.vocab_rows,
+            self.model.embed_tokens if config.tie_word_embeddings else None,
+        )
+
+    def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """`token_ids` and `positions` `[T]` int64, to hidden states `[T, H]`; needs a `Context`."""
+        hidden: Tensor = self.model(token_ids, positions)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return this rank's logits `[S, v]` for the sequences that are to be sampled."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
