@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tprt.attention.backend import AttentionBackend
 from tprt.attention.sdpa import SdpaBackend
 from tprt.errors import ConfigError
 
-_BACKENDS: dict[str, type[AttentionBackend]] = {SdpaBackend.name: SdpaBackend}
+_BACKENDS: dict[str, Callable[[float], AttentionBackend]] = {SdpaBackend.name: SdpaBackend}
 
 
 def make_attention_backend(name: str, scale: float) -> AttentionBackend:

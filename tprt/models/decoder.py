@@ -67,7 +67,7 @@ class DecoderAttention(nn.Module):
     def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         """`hidden` `[T, H]` to `[T, H]`."""
         query, key, value = (
-            part.unflatten(-1, (-1, self._head_dim))
+            part.view(len(hidden), -1, self._head_dim)
             for part in split_columns(self.qkv_proj(hidden), self.qkv_proj.output_sizes)
         )
         if self.q_norm is not None and self.k_norm is not None:

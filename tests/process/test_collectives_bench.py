@@ -1,0 +1,25 @@
+"""The all-reduce bench: both backends in one run, on real ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+
+from launch.bench_allreduce import run_allreduce_bench
+from tprt.errors import TransportError
+
+
+def test_shared_memory_is_measured_beside_gloo_and_is_faster() -> None:
+    rows = run_allreduce_bench([2], [2304, 262144])
+    assert [(row["ranks"], row["num_bytes"]) for row in rows] == [(2, 2304), (2, 262144)]
+    for row in rows:
+        assert 0 < row["shm_p50_us"] < row["gloo_p50_us"]
+        assert row["shm_p50_us"] <= row["shm_p99_us"]
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("readers", "num_bytes"), [([1], [4]), ([2], [2]), ([2], [6])])
+def test_a_bench_that_makes_no_sense_is_refused(readers: list[int], num_bytes: list[int]) -> None:
+    with pytest.raises(TransportError, match="multiples of 4 bytes"):
+        run_allreduce_bench(readers, num_bytes)

@@ -1,0 +1,111 @@
+"""A whole engine in one process: the real scheduler and the real ranks, each rank a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
+from tprt.config import CacheConfig, Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from tprt.coordinator.limits import SchedulerLimits
+from tprt.coordinator.result import StepResult
+from tprt.coordinator.scheduler import Scheduler
+from tprt.distributed.local import make_local_groups
+from tprt.messages import AddRequest, SamplingParams, StepInput, StepOutput
+from tprt.worker.model_runner import ModelRunner
+
+
+def make_config(
+    folder: Path | str,
+    world_size: int = 1,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_batched_tokens: int = 64,
+    enable_prefix_caching: bool = True,
+) -> Config:
+    """Return the settings of a small float32 deployment on CPU ranks."""
+    return Config(
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        parallel=ParallelConfig(tensor_parallel_size=world_size),
+        cache=CacheConfig(
+            block_size=block_size, num_blocks=num_blocks, enable_prefix_caching=enable_prefix_caching
+        ),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens),
+        runtime=RuntimeConfig(device="cpu", num_threads=1),
+    )
+
+
+class LocalEngine:
+    """Runs requests to their end, and keeps the logits that each token was chosen from."""
+
+    def __init__(self, config: Config) -> None:
+        checkpoint = read_checkpoint_config(config.model.path)
+        world_size = config.parallel.tensor_parallel_size
+        cpu = torch.device("cpu")
+        self.runners = [ModelRunner(config, checkpoint, group, cpu) for group in make_local_groups(world_size)]
+        self._shards: list[list[Tensor]] = [[] for _ in self.runners]
+        for rank, runner in enumerate(self.runners):
+            runner.load()
+            runner.model.lm_head.register_forward_hook(self._keep_logits(rank))
+        self._pool = ThreadPoolExecutor(world_size)
+        allocated = list(self._pool.map(ModelRunner.allocate_kv_blocks, self.runners))
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+                max_model_len=resolve_max_model_len(checkpoint, config.model.max_model_len),
+                block_size=config.cache.block_size,
+                num_blocks=allocated[0][0],
+                enable_prefix_caching=config.cache.enable_prefix_caching,
+            ),
+            checkpoint.eos_token_ids,
+            checkpoint.vocab_size,
+        )
+        self.steps: list[StepInput] = []
+        self.logits: dict[int, list[Tensor]] = {}
+        self.num_cached_tokens: dict[int, int] = {}
+
+    def generate(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
+        """Return the tokens of each prompt; `logits[i]` then has the rows they were chosen from."""
+        tokens: dict[int, list[int]] = {key: [] for key in range(len(prompts))}
+        self.logits = {key: [] for key in tokens}
+        for key, prompt in enumerate(prompts):
+            self.scheduler.add(key, AddRequest(key, np.array(prompt, np.int32), sampling))
+        while (step := self.scheduler.schedule()) is not None:
+            result, logits = self._run(step)
+            for row, key in enumerate(result.keys.tolist()):
+                tokens[key].append(int(result.token_ids[row]))
+                self.logits[key].append(logits[row])
+                self.num_cached_tokens[key] = int(result.num_cached_tokens[row])
+        assert not self.scheduler.has_unfinished
+        self.scheduler.check()
+        return list(tokens.values())
+
+    def _run(self, step: StepInput) -> tuple[StepResult, Tensor]:
+        self.steps.append(step)
+        for shard in self._shards:
+            shard.clear()
+        outputs: list[StepOutput] = list(self._pool.map(lambda runner: runner.execute(step), self.runners))
+        for output in outputs[1:]:
+            assert output.token_ids.tolist() == outputs[0].token_ids.tolist(), "ranks chose different tokens"
+        logits = (
+            torch.cat([shard[0] for shard in self._shards], dim=-1) if step.samples.any() else torch.empty(0)
+        )
+        return self.scheduler.update(outputs[0]), logits
+
+    def _keep_logits(self, rank: int) -> Callable[..., None]:
+        return lambda module, inputs, output: self._shards[rank].append(output.clone())
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()

@@ -1,0 +1,43 @@
+"""The factory: nothing for one rank, shared memory between CPU ranks, and a refusal where it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from tprt.distributed.factory import make_group
+from tprt.errors import TransportError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo", "nccl"])
+def test_one_rank_needs_no_directory_and_no_backend(backend: Literal["shm", "gloo", "nccl"]) -> None:
+    group = make_group(backend, 0, 1, CPU, "/nowhere", 1.0)
+    assert group.min_int(3) == 3
+
+
+@pytest.mark.usefixtures("no_descriptor_is_left")
+def test_cpu_ranks_meet_in_the_run_directory_and_sum(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    def work(rank: int, _: None) -> float:
+        group = make_group("shm", rank, 3, CPU, str(tmp_path), 10.0)
+        total = group.all_reduce(torch.tensor([2.0**rank])).item()
+        group.barrier()
+        group.close()
+        return total
+
+    assert run_ranks([None] * 3, work) == [7.0] * 3
+
+
+@pytest.mark.parametrize(("backend", "device"), [("nccl", "cpu"), ("shm", "cuda:0"), ("gloo", "meta")])
+def test_a_backend_that_does_not_fit_the_device_is_refused(
+    backend: Literal["shm", "gloo", "nccl"], device: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TransportError, match=f"backend {backend} on device {device}: it works on"):
+        make_group(backend, 0, 2, torch.device(device), str(tmp_path), 1.0)

@@ -1,0 +1,75 @@
+"""The group of one rank: identity at world size 1, clear errors without collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tprt.distributed.local import make_local_groups
+from tprt.distributed.tp_group import TPGroup
+from tprt.errors import TransportError
+
+
+def test_at_world_size_1_every_collective_is_the_identity() -> None:
+    group = TPGroup(0, 1)
+    tensor = torch.randn(2, 3)
+    copy = tensor.clone()
+    assert group.all_reduce(tensor) is tensor
+    assert group.all_gather(tensor, [3]) is tensor
+    assert group.all_gather(tensor, [2], dim=0) is tensor
+    assert group.broadcast(tensor, 0) is tensor
+    assert torch.equal(tensor, copy)
+    assert group.min_int(7) == 7
+    group.barrier()
+    group.close()
+    assert group.collective_number == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda group: group.all_reduce(torch.ones(2)),
+        lambda group: group.all_gather(torch.ones(2), [1, 2, 3]),
+        lambda group: group.broadcast(torch.ones(2), 2),
+        lambda group: group.min_int(1),
+        lambda group: group.barrier(),
+    ],
+)
+def test_a_group_without_collectives_exists_but_says_why_it_cannot_compute(
+    call: Callable[[TPGroup], object],
+) -> None:
+    group = TPGroup(1, 3)
+    assert (group.rank, group.world_size) == (1, 3)
+    with pytest.raises(TransportError, match=r"rank 1 of 3.*without collectives"):
+        call(group)
+    group.close()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_rank_outside_the_world_is_refused(rank: int, world_size: int) -> None:
+    with pytest.raises(TransportError, match=f"rank {rank} of world size {world_size}"):
+        TPGroup(rank, world_size)
+
+
+@pytest.mark.parametrize("sizes", [[2], [2, 4], [3, 2, 1]])
+def test_a_gather_whose_sizes_do_not_fit_is_refused_before_anyone_waits(sizes: list[int]) -> None:
+    group = make_local_groups(2)[1]
+    with pytest.raises(TransportError, match="one size per rank"):
+        group.all_gather(torch.ones(1, 3), sizes)
+
+
+def test_a_broadcast_from_a_rank_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TransportError, match="broadcast from rank 2"):
+        make_local_groups(2)[0].broadcast(torch.ones(1), 2)
+
+
+def test_the_collective_number_counts_what_a_rank_has_begun(run_ranks: Callable[..., list[object]]) -> None:
+    def work(_: int, group: TPGroup) -> int:
+        group.all_reduce(torch.ones(2))
+        group.barrier()
+        group.min_int(3)
+        return group.collective_number
+
+    assert run_ranks(make_local_groups(3), work) == [3, 3, 3]

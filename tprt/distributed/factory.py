@@ -1,0 +1,60 @@
+"""Makes the tensor-parallel group of a rank from plain values.
+
+Knows nothing of settings or of the environment: whoever starts the ranks chooses the backend.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from tprt.distributed.shm_collectives import ShmCollectives
+from tprt.distributed.torch_collectives import Rendezvous, TorchCollectives, file_store
+from tprt.distributed.tp_group import TPGroup
+from tprt.errors import TransportError
+
+CollectiveBackend = Literal["shm", "gloo", "nccl"]
+
+_SOCKET_NAME = "collectives.sock"
+_STORE_NAME = "collectives.store"
+
+
+def make_group(
+    backend: CollectiveBackend, rank: int, world_size: int, device: torch.device, run_dir: str, timeout_s: float
+) -> TPGroup:
+    """Meet the other ranks of this host and return the group, ready for collectives.
+
+    Args:
+        backend: shm between CPU ranks; nccl between CUDA devices; gloo anywhere.
+        rank: this rank.
+        world_size: number of ranks; 1 needs no peers and gets a group without collectives.
+        device: where the tensors of this rank are.
+        run_dir: an existing directory, private to this one group: a group that takes the place of a failed
+            one needs a new one.
+        timeout_s: longest wait for the other ranks, here and in a collective, in seconds.
+
+    Raises:
+        TransportError: the backend does not fit the device, or the group could not be formed.
+        TransportTimeoutError: a rank did not come in time.
+        PeerLostError: a rank went away meanwhile.
+    """
+    if world_size == 1:
+        return TPGroup(rank, world_size)
+    _check_device(backend, device)
+    if backend == "shm":
+        path = os.path.join(run_dir, _SOCKET_NAME)
+        return TPGroup(rank, world_size, ShmCollectives.rendezvous(path, rank, world_size, timeout_s))
+    store = file_store(os.path.join(run_dir, _STORE_NAME), world_size)
+    rendezvous = Rendezvous(store=store, timeout_s=timeout_s)
+    return TPGroup(rank, world_size, TorchCollectives(backend, rank, world_size, device, rendezvous))
+
+
+def _check_device(backend: CollectiveBackend, device: torch.device) -> None:
+    fits = {"shm": ("cpu",), "gloo": ("cpu", "cuda"), "nccl": ("cuda",)}
+    if device.type not in fits[backend]:
+        raise TransportError(
+            f"backend {backend} on device {device}: it works on {' and '.join(fits[backend])};"
+            " take nccl for CUDA devices and shm for CPUs, or gloo"
+        )

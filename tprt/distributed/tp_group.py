@@ -1,0 +1,129 @@
+"""The tensor-parallel group of one rank: who it is among how many, and the collectives that join them.
+
+A layer sees nothing else of its peers. Building and loading a shard takes a rank and a world size and no
+collectives, so sharding is tested in one process. Knows nothing of how a collective moves its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tprt.errors import TransportError
+
+
+class Collectives(Protocol):
+    """What every rank of a group calls together, in the same order and with matching arguments.
+
+    Every wait has a deadline. All methods raise:
+        PeerLostError: a rank of the group is gone; the message names it.
+        TransportTimeoutError: a rank did not come to the collective in time.
+
+    After either error the group is unusable: close it and build a new one.
+    """
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor`, of any shape, over all ranks, in place; return it. All ranks get the same bits."""
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
+        """Return the tensors of all ranks concatenated along `dim` in rank order, on every rank.
+
+        `sizes[r]` is rank r's size along `dim`, 0 included; the other dimensions are equal.
+        """
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        """Overwrite `tensor` with that of rank `src`; return it."""
+
+    def min_int(self, value: int) -> int:
+        """Return the least `value` of all ranks."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    def close(self) -> None:
+        """Release everything; idempotent. Peers that still wait see it as a lost rank."""
+
+
+class TPGroup:
+    """Rank `rank` of `world_size`; at world size 1 every collective is the identity.
+
+    Attributes:
+        rank: this process's place, from 0 to `world_size - 1`.
+        world_size: number of ranks.
+        collective_number: collectives that this rank has begun; a rank that is behind its peers is stuck.
+
+    Raises:
+        TransportError: a collective was called on more than one rank and the group has none.
+    """
+
+    __slots__ = ("_collectives", "collective_number", "rank", "world_size")
+
+    def __init__(self, rank: int, world_size: int, collectives: Collectives | None = None) -> None:
+        if not 0 <= rank < world_size:
+            raise TransportError(
+                f"rank {rank} of world size {world_size}: expected a rank from 0 to {world_size - 1}"
+            )
+        self.rank = rank
+        self.world_size = world_size
+        self.collective_number = 0
+        self._collectives = collectives
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all ranks in place and return it; see `Collectives.all_reduce`."""
+        if self.world_size == 1:
+            return tensor
+        return self._begin("all_reduce").all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
+        """Concatenate the tensors of all ranks along `dim`; see `Collectives.all_gather`.
+
+        Raises:
+            TransportError: `sizes` does not have one entry per rank, or this rank's is not its own size.
+        """
+        if len(sizes) != self.world_size or tensor.shape[dim] != sizes[self.rank]:
+            raise TransportError(
+                f"all_gather on rank {self.rank} of {self.world_size}: tensor {list(tensor.shape)}, dim {dim},"
+                f" sizes {list(sizes)}; expected one size per rank, and this rank's to be that of its tensor"
+            )
+        if self.world_size == 1:
+            return tensor
+        return self._begin("all_gather").all_gather(tensor, sizes, dim)
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        """Overwrite `tensor` with that of rank `src` and return it.
+
+        Raises:
+            TransportError: `src` is not a rank of this group.
+        """
+        if not 0 <= src < self.world_size:
+            raise TransportError(f"broadcast from rank {src}: expected a rank from 0 to {self.world_size - 1}")
+        if self.world_size == 1:
+            return tensor
+        return self._begin("broadcast").broadcast(tensor, src)
+
+    def min_int(self, value: int) -> int:
+        """Return the least `value` of all ranks."""
+        if self.world_size == 1:
+            return value
+        return self._begin("min_int").min_int(value)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        if self.world_size > 1:
+            self._begin("barrier").barrier()
+
+    def close(self) -> None:
+        """Release the collectives; idempotent."""
+        if self._collectives is not None:
+            self._collectives.close()
+
+    def _begin(self, name: str) -> Collectives:
+        if self._collectives is None:
+            raise TransportError(
+                f"{name} on rank {self.rank} of {self.world_size}: this group was built without collectives,"
+                " which is enough to build and load a shard; pass collectives to TPGroup to compute with it"
+            )
+        self.collective_number += 1
+        return self._collectives

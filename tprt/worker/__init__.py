@@ -1,0 +1,1 @@
+"""One rank: weights, KV blocks, and the loop that runs steps. Holds no policy."""

@@ -1,0 +1,93 @@
+"""The life of one rank: load, allocate, announce, then run steps until told to stop.
+
+The edge (`launch.worker_entry`) reads the environment, opens the lanes and the group, and reports what this
+raises; `Worker.phase` says where it was.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from tprt.checkpoint_config import CheckpointConfig
+from tprt.config import Config
+from tprt.distributed import TPGroup
+from tprt.errors import SequenceGapError, TransportTimeoutError
+from tprt.log import get_logger
+from tprt.messages import Shutdown, StepInput, StepOutput, WorkerReady
+from tprt.transport.channel import WorkerLink
+from tprt.transport.codec import decode, encode
+from tprt.worker.model_runner import ModelRunner
+
+_LOG = get_logger(__name__)
+# An idle rank sleeps in the kernel; it is woken by a step or by the loss of the coordinator, and looks up
+# this often for nothing else.
+_IDLE_WAIT_S = 60.0
+
+
+class Worker:
+    """One rank between its lanes and its model."""
+
+    def __init__(self, config: Config, link: WorkerLink, epoch: int) -> None:
+        self.phase = "start"
+        self._config = config
+        self._link = link
+        self._epoch = epoch
+        self._next_step = 0
+        self._runner: ModelRunner
+
+    def prepare(self, checkpoint: CheckpointConfig, group: TPGroup, device: torch.device) -> None:
+        """Load the model, allocate KV blocks and tell the coordinator that this rank is ready."""
+        started_s = time.monotonic()
+        self.phase = "load"
+        self._runner = ModelRunner(self._config, checkpoint, group, device)
+        weight_bytes = self._runner.load()
+        load_s = time.monotonic() - started_s
+        self.phase = "KV allocation"
+        num_blocks, kv_bytes = self._runner.allocate_kv_blocks()
+        ready = WorkerReady(self._epoch, group.rank, num_blocks, weight_bytes, kv_bytes, load_s)
+        self._link.send_control(b"".join(encode(ready)), self._config.supervision.step_timeout_s)
+        _LOG.info(
+            "loaded %.1f MiB of weights in %.1f s; %d KV blocks, %.1f MiB",
+            *(weight_bytes / 2**20, load_s, num_blocks, kv_bytes / 2**20),
+        )
+
+    def run(self) -> None:
+        """Run steps until `Shutdown` comes.
+
+        Raises:
+            SequenceGapError: a step is missing or came twice.
+            PeerLostError: the coordinator is gone.
+        """
+        while True:
+            self.phase = "idle"
+            message = self._next_message()
+            if isinstance(message, Shutdown):
+                self.phase = "shutdown"
+                return
+            if message.epoch == self._epoch:
+                self._run_step(message)
+
+    def _next_message(self) -> StepInput | Shutdown:
+        while True:
+            try:
+                message = decode(self._link.steps.receive(_IDLE_WAIT_S))
+            except TransportTimeoutError:
+                continue
+            if not isinstance(message, StepInput | Shutdown):
+                raise TypeError(f"a worker received {type(message).__name__}; expected StepInput or Shutdown")
+            return message
+
+    def _run_step(self, step: StepInput) -> None:
+        if step.step != self._next_step:
+            raise SequenceGapError(f"received step {step.step}; expected step {self._next_step}")
+        self._next_step += 1
+        self.phase = "decode" if step.num_decodes == len(step.query_lens) else "prefill"
+        output = self._runner.execute(step)
+        self._answer(output)
+
+    def _answer(self, output: StepOutput) -> None:
+        """Rank 0 answers for all; the others have the same tokens."""
+        if self._link.outputs is not None:
+            self._link.outputs.send(encode(output), self._config.supervision.step_timeout_s)

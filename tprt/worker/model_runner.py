@@ -1,0 +1,117 @@
+"""The model of one rank: built from the plan, loaded, given KV blocks, and run step by step.
+
+Knows nothing of where steps come from and where outputs go.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tprt.attention import make_attention_backend
+from tprt.checkpoint_config import CheckpointConfig, resolve_max_model_len
+from tprt.config import Config
+from tprt.context import reset_context, set_context
+from tprt.distributed import TPGroup
+from tprt.layers.embedding import ParallelLMHead
+from tprt.layers.linear import LinearBase
+from tprt.layers.sampler import Sampled, Sampler
+from tprt.messages import StepInput, StepOutput
+from tprt.models import DecoderForCausalLM, ModelParts, build_model
+from tprt.sharding import make_shard_plan, shape_of
+from tprt.weights import load_dummy_weights, load_model
+from tprt.worker.input_batch import InputBatch, InputBuilder
+from tprt.worker.kv_cache import allocate_kv_cache, kv_block_bytes, num_blocks_that_fit
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(config: Config, checkpoint: CheckpointConfig, device: torch.device) -> torch.dtype:
+    """Return the type to compute in: the one set, or the checkpoint's, or float32 on a CPU."""
+    name = config.model.dtype
+    if name != "auto":
+        return _DTYPES[name]
+    return torch.float32 if device.type == "cpu" else _DTYPES.get(checkpoint.dtype, torch.bfloat16)
+
+
+class ModelRunner:
+    """One rank's model and its KV blocks."""
+
+    def __init__(
+        self, config: Config, checkpoint: CheckpointConfig, group: TPGroup, device: torch.device
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._group = group
+        self._device = device
+        self._dtype = resolve_dtype(config, checkpoint, device)
+        self._plan = make_shard_plan(
+            shape_of(checkpoint), config.parallel.tensor_parallel_size, config.parallel.rank_weights
+        )
+        self._shard = self._plan.shards[group.rank]
+        self._sampler = Sampler(group, [shard.vocab_rows for shard in self._plan.shards])
+        self._inputs = InputBuilder(config.cache.block_size, config.scheduler.max_num_seqs, device)
+        self.model: DecoderForCausalLM
+
+    def load(self) -> int:
+        """Build the model and fill it; return the bytes of this rank's weights."""
+        backend = make_attention_backend(
+            self._config.runtime.attention_backend, self._checkpoint.head_dim**-0.5
+        )
+        max_model_len = resolve_max_model_len(self._checkpoint, self._config.model.max_model_len)
+        parts = ModelParts(self._checkpoint, self._shard, self._group, backend, max_model_len)
+        self.model = build_model(parts, self._dtype, self._device)
+        if self._config.model.load_format == "dummy":
+            load_dummy_weights(self.model)
+        else:
+            load_model(self.model, self._config.model.path)
+        weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        for module in self.model.modules():
+            if isinstance(module, LinearBase | ParallelLMHead):
+                module.process_weights_after_loading()
+        return weight_bytes
+
+    def allocate_kv_blocks(self) -> tuple[int, int]:
+        """Allocate the KV blocks that the poorest rank can hold; return their number and this rank's bytes."""
+        block_size = self._config.cache.block_size
+        block_bytes = kv_block_bytes(self._checkpoint, self._shard, block_size, self._dtype)
+        fitting = num_blocks_that_fit(self._config.cache, block_bytes, self._device)
+        num_blocks = self._group.min_int(fitting)
+        return num_blocks, allocate_kv_cache(self.model, num_blocks, block_size)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput) -> StepOutput:
+        """Run one step and return what it sampled; every rank returns the same."""
+        batch = self._inputs.build(step)
+        sampled = self._forward(batch)
+        if sampled is None:
+            return StepOutput(step.epoch, step.step, np.empty(0, np.int32))
+        self._inputs.keep_sampled(batch, sampled.token_ids)
+        return _to_output(step, sampled)
+
+    def _forward(self, batch: InputBatch) -> Sampled | None:
+        set_context(batch.context)
+        try:
+            hidden = self.model(batch.token_ids, batch.positions)
+            if batch.sampling is None:
+                return None
+            logits = self.model.compute_logits(hidden)
+        finally:
+            reset_context()
+        sampled: Sampled = self._sampler(logits, batch.sampling)
+        return sampled
+
+
+def _to_output(step: StepInput, sampled: Sampled) -> StepOutput:
+    token_ids = sampled.token_ids.to(torch.int32).cpu().numpy()
+    if sampled.logprobs is None or sampled.top_token_ids is None or sampled.top_logprobs is None:
+        return StepOutput(step.epoch, step.step, token_ids)
+    return StepOutput(
+        epoch=step.epoch,
+        step=step.step,
+        token_ids=token_ids,
+        logprobs=sampled.logprobs.cpu().numpy(),
+        top_token_ids=sampled.top_token_ids.to(torch.int32).cpu().numpy().ravel(),
+        top_logprobs=sampled.top_logprobs.cpu().numpy().ravel(),
+        num_top=sampled.top_token_ids.shape[1],
+    )
