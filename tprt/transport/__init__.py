@@ -1,0 +1,1 @@
+"""Lanes between processes: protocols, the shared-memory ring, ZeroMQ, and their twin in one process."""

@@ -1,0 +1,180 @@
+"""Messages to bytes and back: a msgpack header, then every array as it lies in memory. No pickle.
+
+    preamble   16 bytes: magic, format version, bytes of the header, bytes of the columns
+    header     msgpack [type tag, dtypes of the columns, scalars, lengths of the columns], padded to 8 bytes
+    columns    raw little-endian elements, each column padded to 8 bytes
+
+What goes in and what comes out is checked against the types of `tprt.messages`, so that data from elsewhere
+gives an error here and not an odd one later. Knows nothing of how the bytes are carried.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NoReturn, get_args
+
+import msgpack
+import numpy as np
+
+from tprt.errors import TransportError
+from tprt.messages import Message, SamplingParams
+from tprt.transport.channel import Buffer
+from tprt.transport.field_plan import FieldPlan
+
+FORMAT_VERSION = 1
+MAX_TEXT_CHARS = 200_000
+
+_MAGIC = b"TPRT"
+_PREAMBLE = struct.Struct("<4sIII")
+_ALIGNMENT = 8
+_PADDING = [b"\0" * n for n in range(_ALIGNMENT)]
+# The tag is the place in `Message`: two builds that differ there differ in FORMAT_VERSION.
+_PLANS = [FieldPlan(kind, tag) for tag, kind in enumerate(get_args(Message))]
+_PLAN_OF_TYPE = {plan.kind: plan for plan in _PLANS}
+_SAMPLING = FieldPlan(SamplingParams, tag=-1)
+# Lone surrogates (undecodable file names in a traceback) must not keep an error report from being sent.
+_UNICODE_ERRORS = "surrogatepass"
+
+
+def encode(message: Message) -> list[Buffer]:
+    """Return the parts whose concatenation is `message`; columns are not copied.
+
+    A text field of more than `MAX_TEXT_CHARS` (a traceback) is shortened in its middle.
+
+    Raises:
+        TransportError: a field is not of its declared type; the message names it.
+    """
+    plan = _PLAN_OF_TYPE[type(message)]
+    columns = plan.columns_of(message)
+    parts: list[Buffer] = [b""]
+    lengths = []
+    body_bytes = 0
+    for name, dtype, column in zip(plan.column_names, plan.dtypes, columns, strict=True):
+        if column.dtype != dtype or column.ndim != 1:
+            _raise_wrong_column(plan, name, dtype, column)
+        length = len(column)
+        lengths.append(length)
+        if length:
+            num_bytes = column.nbytes
+            parts.append(np.ascontiguousarray(column).view(np.uint8).data)
+            if padding := -num_bytes % _ALIGNMENT:
+                parts.append(_PADDING[padding])
+            body_bytes += num_bytes + padding
+    scalars = [
+        _shorten(value) if type(value) is str and len(value) > MAX_TEXT_CHARS else value
+        for value in plan.scalars_of(message)
+    ]
+    header = _pack(plan, [plan.tag, plan.signature, scalars, lengths])
+    padded = header + _PADDING[-len(header) % _ALIGNMENT]
+    parts[0] = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, len(header), body_bytes) + padded
+    return parts
+
+
+def decode(data: bytes | memoryview) -> Message:
+    """Return the message in `data`; its arrays are read-only views of `data`.
+
+    Raises:
+        TransportError: `data` is not such a message, whole and of this version.
+        InvalidRequestError: the sampling parameters in it are out of range.
+    """
+    if type(data) is not bytes:
+        data = memoryview(data).toreadonly()
+    header_bytes, body_bytes = _read_preamble(data)
+    header_end = _PREAMBLE.size + header_bytes
+    plan, scalars, lengths = _read_header(data[_PREAMBLE.size : header_end])
+    fields = plan.check_scalars(scalars)
+    if plan.sampling_name is not None:
+        fields[plan.sampling_name] = SamplingParams(
+            **_SAMPLING.check_scalars(fields[plan.sampling_name])  # type: ignore[arg-type]
+        )
+    start = body = header_end + -header_bytes % _ALIGNMENT
+    for name, dtype, length in zip(plan.column_names, plan.dtypes, lengths, strict=True):
+        num_bytes = length * dtype.itemsize
+        if start + num_bytes > body + body_bytes:
+            raise TransportError(f"{plan.name}.{name} with {length} elements runs past the end of the message")
+        fields[name] = np.frombuffer(data, dtype, length, start)
+        start += num_bytes + -num_bytes % _ALIGNMENT
+    if start != body + body_bytes:
+        raise TransportError(
+            f"{plan.name} has {body_bytes} bytes of columns; its lengths add up to {start - body}"
+        )
+    return plan.kind(**fields)  # type: ignore[no-any-return]
+
+
+def _read_preamble(data: bytes | memoryview) -> tuple[int, int]:
+    """Return the bytes of the header, unpadded, and of the columns; `data` has exactly what they add up to."""
+    if len(data) < _PREAMBLE.size:
+        raise TransportError(f"a message of {len(data)} bytes; expected {_PREAMBLE.size} or more")
+    magic, version, header_bytes, body_bytes = _PREAMBLE.unpack_from(data)
+    if magic != _MAGIC:
+        raise TransportError(f"a message that begins with {magic!r}; expected {_MAGIC!r}: it is not from tprt")
+    if version != FORMAT_VERSION:
+        raise TransportError(
+            f"a message of format version {version}; expected {FORMAT_VERSION}:"
+            " install the same version of tprt at both ends"
+        )
+    expected = _PREAMBLE.size + header_bytes + -header_bytes % _ALIGNMENT + body_bytes
+    if len(data) != expected:
+        raise TransportError(f"a message of {len(data)} bytes whose header and columns have {expected}")
+    return header_bytes, body_bytes
+
+
+def _read_header(header: bytes | memoryview) -> tuple[FieldPlan, object, tuple[int, ...]]:
+    try:
+        content = msgpack.unpackb(header, use_list=False, unicode_errors=_UNICODE_ERRORS)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise TransportError(
+            f"a message whose header is not msgpack: {type(error).__name__}: {error}"
+        ) from error
+    if type(content) is not tuple or len(content) != 4:
+        raise TransportError(f"a message with the header {_excerpt(content)}; expected an array of 4")
+    tag, signature, scalars, lengths = content
+    if type(tag) is not int or not 0 <= tag < len(_PLANS):
+        raise TransportError(f"a message with type tag {_excerpt(tag)}; known are 0 to {len(_PLANS) - 1}")
+    plan = _PLANS[tag]
+    if signature != plan.signature:
+        raise TransportError(
+            f"{plan.name} with columns of dtypes {_excerpt(signature)}; expected {plan.signature!r}"
+        )
+    if (
+        type(lengths) is not tuple
+        or len(lengths) != len(plan.dtypes)
+        or not all(type(length) is int and length >= 0 for length in lengths)
+    ):
+        raise TransportError(
+            f"{plan.name} with column lengths {_excerpt(lengths)}; expected {len(plan.dtypes)} counts"
+        )
+    return plan, scalars, lengths
+
+
+def _pack(plan: FieldPlan, header: list[object]) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(header, default=_pack_nested, unicode_errors=_UNICODE_ERRORS)
+    except (TypeError, OverflowError) as error:
+        raise TransportError(f"{plan.name} has a field that cannot be sent: {error}") from error
+    return packed
+
+
+def _pack_nested(value: object) -> object:
+    if type(value) is SamplingParams:
+        return _SAMPLING.scalars_of(value)
+    raise TypeError(f"{value!r} is {type(value).__name__}; expected a plain Python value")
+
+
+def _shorten(text: str) -> str:
+    """Keep the two ends of a text, where a traceback says who called and what went wrong."""
+    half = MAX_TEXT_CHARS // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+def _excerpt(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _raise_wrong_column(
+    plan: FieldPlan, name: str, dtype: np.dtype[Any], column: np.ndarray[Any, Any]
+) -> NoReturn:
+    raise TransportError(
+        f"{plan.name}.{name} is {column.dtype} of shape {column.shape}; expected {dtype} of one dimension"
+    )

@@ -1,0 +1,121 @@
+"""What the codec must know of a message type, worked out once from its annotations.
+
+Knows nothing of the wire format beyond which Python values it can hold.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from tprt.errors import TransportError
+from tprt.messages import SamplingParams
+
+Check = Callable[[object], bool]
+Getter = Callable[[object], tuple[Any, ...]]
+
+
+class FieldPlan:
+    """Columns and scalars of one message type.
+
+    Attributes:
+        kind: the type.
+        name: its name, for errors.
+        tag: its number on the wire.
+        signature: the dtypes of its columns in one string, such as `i4,f4`.
+        column_names, dtypes: its array fields, in order; little-endian.
+        scalar_names: the other fields, in order.
+        sampling_name: the scalar that is a `SamplingParams`, or None.
+        columns_of, scalars_of: read those fields of a message.
+    """
+
+    def __init__(self, kind: type[Any], tag: int) -> None:
+        hints = get_type_hints(kind)
+        names = [field.name for field in fields(kind)]
+        dtypes = {name: dtype for name in names if (dtype := _dtype_of(hints[name])) is not None}
+        self.kind = kind
+        self.name = kind.__name__
+        self.tag = tag
+        self.column_names = tuple(dtypes)
+        self.dtypes = tuple(dtypes.values())
+        self.signature = ",".join(dtype.str[1:] for dtype in self.dtypes)
+        self.scalar_names = tuple(name for name in names if name not in dtypes)
+        self.sampling_name = next((name for name in names if hints[name] is SamplingParams), None)
+        self.columns_of = _getter(self.column_names)
+        self.scalars_of = _getter(self.scalar_names)
+        self._checks = tuple(_check_of(hints[name]) for name in self.scalar_names)
+        self._expected = tuple(str(getattr(hints[name], "__name__", hints[name])) for name in self.scalar_names)
+
+    def check_scalars(self, values: object) -> dict[str, object]:
+        """Return the scalars by name.
+
+        Raises:
+            TransportError: their number or the type of one of them is wrong.
+        """
+        if type(values) is not tuple or len(values) != len(self.scalar_names):
+            found = f"{len(values)} of them" if type(values) is tuple else type(values).__name__
+            raise TransportError(f"{self.name} with {found} for its fields {', '.join(self.scalar_names)}")
+        for index, (check, value) in enumerate(zip(self._checks, values, strict=True)):
+            if not check(value):
+                raise TransportError(
+                    f"{self.name}.{self.scalar_names[index]} is {repr(value)[:80]};"
+                    f" expected {self._expected[index]}"
+                )
+        return dict(zip(self.scalar_names, values, strict=True))
+
+
+def _getter(names: Sequence[str]) -> Getter:
+    """Return a function that reads the fields `names` of an object, always as a tuple."""
+    if not names:
+        return lambda _: ()
+    if len(names) == 1:
+        read_one = attrgetter(names[0])
+        return lambda message: (read_one(message),)
+    return attrgetter(*names)
+
+
+def _dtype_of(hint: object) -> np.dtype[Any] | None:
+    """Return the dtype of an `NDArray[...]` annotation, None for anything else."""
+    if get_origin(hint) is not np.ndarray:
+        return None
+    (scalar,) = get_args(get_args(hint)[1])
+    dtype: np.dtype[Any] = np.dtype(scalar).newbyteorder("<")
+    return dtype
+
+
+def _check_of(hint: object) -> Check:
+    """Return what tells whether a value from the wire fits the annotation of a scalar field."""
+    if hint in _CHECKS:
+        return _CHECKS[hint]
+    if get_origin(hint) is tuple:
+        return _tuple_check(_check_of(get_args(hint)[0]))
+    if get_origin(hint) in (Union, types.UnionType):
+        return _optional_check(_check_of(get_args(hint)[0]))
+    raise TypeError(f"the codec has no rule for a field of type {hint}")
+
+
+def _is_int64(value: object) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+_CHECKS: dict[object, Check] = {
+    int: _is_int64,
+    float: lambda value: type(value) is float or _is_int64(value),
+    bool: lambda value: type(value) is bool,
+    str: lambda value: type(value) is str,
+    # a nested record; its own plan looks into it
+    SamplingParams: lambda value: type(value) is tuple,
+}
+
+
+def _tuple_check(check: Check) -> Check:
+    return lambda value: type(value) is tuple and all(map(check, value))
+
+
+def _optional_check(check: Check) -> Check:
+    return lambda value: value is None or check(value)
