@@ -1,0 +1,1 @@
+"""What stands between clients and the coordinator: text, requests and, over HTTP, the OpenAI protocol."""

@@ -1,0 +1,146 @@
+"""The client side of the coordinator's request lane: sends requests, keeps their completions up to date.
+
+One client serves one thread. Knows nothing of HTTP and of how the coordinator was started.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tprt.errors import EngineDeadError, InvalidRequestError
+from tprt.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineReady,
+    FinishReason,
+    Hello,
+    Message,
+    RequestFailed,
+    RequestOutput,
+    SamplingParams,
+    Shutdown,
+)
+from tprt.server.completion import Completion, TokenLogprobs
+from tprt.server.tokenizer import Tokenizer
+from tprt.transport.channel import Buffer
+from tprt.transport.codec import decode, encode
+
+
+class RequestLane(Protocol):
+    """What the client needs of its connection."""
+
+    def send(self, parts: Sequence[Buffer]) -> None: ...
+
+    def receive(self, timeout_s: float) -> bytes | None: ...
+
+    def close(self) -> None: ...
+
+
+class EngineClient:
+    """Requests in flight over one lane, by the ids that this client gave them."""
+
+    def __init__(self, lane: RequestLane, tokenizer: Tokenizer | None) -> None:
+        self._lane = lane
+        self._tokenizer = tokenizer
+        self._ids = itertools.count()
+        self._running: dict[int, Completion] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._running)
+
+    def hello(self) -> None:
+        """Ask to be told when the engine is ready."""
+        self._send(Hello())
+
+    def add(self, prompt_token_ids: list[int], sampling: SamplingParams) -> tuple[int, Completion]:
+        """Send a request; `poll` brings its tokens.
+
+        Raises:
+            InvalidRequestError: a stop string was given, and there is no tokenizer to find it with.
+        """
+        if sampling.stop and self._tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and this checkpoint has none")
+        if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < 2**31:
+            raise InvalidRequestError("prompt token ids must be from 0 to the size of the vocabulary")
+        request_id = next(self._ids)
+        completion = Completion(prompt_token_ids, sampling)
+        self._running[request_id] = completion
+        self._send(AddRequest(request_id, np.array(prompt_token_ids, np.int32), sampling))
+        return request_id, completion
+
+    def abort(self, request_id: int) -> None:
+        """Give the request up; it ends with finish reason `abort`."""
+        completion = self._running.pop(request_id, None)
+        if completion is not None:
+            completion.finish(FinishReason.ABORT, self._tokenizer)
+            self._send(AbortRequest(request_id))
+
+    def poll(self, timeout_s: float) -> EngineReady | None:
+        """Take in what has come, waiting up to `timeout_s` for the first message.
+
+        Returns:
+            The engine's greeting when that was among it.
+        """
+        ready = None
+        payload = self._lane.receive(timeout_s)
+        while payload is not None:
+            message = decode(payload)
+            if isinstance(message, EngineReady):
+                ready = message
+            else:
+                self._take(message)
+            payload = self._lane.receive(0.0)
+        return ready
+
+    def shut_down(self, reason: str) -> None:
+        """Tell the engine to end."""
+        self._send(Shutdown(reason))
+
+    def close(self) -> None:
+        """Close the lane."""
+        self._lane.close()
+
+    def _send(self, message: Message) -> None:
+        self._lane.send(encode(message))
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, RequestFailed):
+            completion = self._running.pop(message.request_id, None)
+            if completion is not None:
+                completion.error = message.message
+        elif isinstance(message, RequestOutput):
+            for row in range(len(message.request_ids)):
+                self._take_row(message, row)
+        else:
+            raise EngineDeadError(f"the coordinator sent {type(message).__name__}, which no client expects")
+
+    def _take_row(self, output: RequestOutput, row: int) -> None:
+        request_id = int(output.request_ids[row])
+        completion = self._running.get(request_id)
+        if completion is None:
+            return
+        completion.num_cached_tokens = int(output.num_cached_tokens[row])
+        if (token_id := int(output.token_ids[row])) >= 0:
+            if completion.sampling.logprobs is not None:
+                completion.logprobs.append(_logprobs(output, row, completion.sampling.logprobs))
+            completion.append(token_id, self._tokenizer)
+        if completion.finished and output.finish_reasons[row] == FinishReason.NONE:
+            self._send(AbortRequest(request_id))
+        completion.finish(FinishReason(int(output.finish_reasons[row])), self._tokenizer)
+        if completion.finished:
+            del self._running[request_id]
+
+
+def _logprobs(output: RequestOutput, row: int, num_top: int) -> TokenLogprobs:
+    first = row * output.num_top
+    ids = output.top_token_ids[first : first + num_top].tolist()
+    values = output.top_logprobs[first : first + num_top].tolist()
+    return TokenLogprobs(
+        int(output.token_ids[row]), float(output.logprobs[row]), tuple(zip(ids, values, strict=True))
+    )
