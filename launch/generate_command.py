@@ -1,0 +1,124 @@
+"""`tprt generate`: text from prompts on the command line, on the processes of one deployment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.config_file import load_config
+from launch.llm import LLM
+from launch.options import ConfigArgument, SetOption
+from tprt.errors import ConfigError, InvalidRequestError
+from tprt.messages import SamplingParams
+from tprt.server.completion import Completion
+
+
+def generate(
+    config: ConfigArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
+    prompt_ids: Annotated[
+        list[str] | None, typer.Option(metavar="1,2,3", help="A prompt as token ids; repeatable.")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A file with one prompt; - is standard input; repeatable.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Send each text as a user's message.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on past the end-of-sequence token.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Report this many most likely tokens.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line and prompt.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Generate text from prompts and print it, in the order of the prompts."""
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
+    )
+    texts = list(prompt or ()) + [_read_prompt(file) for file in prompt_file or ()]
+    ids = [_parse_ids(text) for text in prompt_ids or ()]
+    if not texts and not ids:
+        raise InvalidRequestError("no prompt: give --prompt TEXT, --prompt-ids 1,2,3 or --prompt-file FILE")
+    with LLM(load_config(config, set_ or ())) as llm:
+        prompts = [_encode(llm, text, chat) for text in texts] + ids
+        shown = _Printer(as_json)
+        llm.run(prompts, [sampling] * len(prompts), not as_json or sys.stderr.isatty(), shown.show)
+    shown.raise_if_any_failed()
+
+
+def _encode(llm: LLM, text: str, chat: bool) -> list[int]:
+    if chat:
+        return llm.encode_chat([{"role": "user", "content": text}])
+    return llm.encode(text)
+
+
+def _read_prompt(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-file {file} cannot be read: {error}") from error
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise InvalidRequestError(
+            f"--prompt-ids {text!r}: expected token ids separated by commas, as in 1,2,3"
+        ) from None
+
+
+class _Printer:
+    """Prints each completion as it ends; a prompt that was refused does not stop the others."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._errors: list[str] = []
+
+    def show(self, index: int, completion: Completion) -> None:
+        if completion.error is not None:
+            self._errors.append(f"prompt {index + 1}: {completion.error}")
+        if self._as_json:
+            print(json.dumps(_to_json(completion), ensure_ascii=False), flush=True)
+        elif completion.error is None:
+            print(completion.text or ",".join(map(str, completion.token_ids)), flush=True)
+
+    def raise_if_any_failed(self) -> None:
+        if self._errors:
+            raise InvalidRequestError("\n".join(self._errors))
+
+
+def _to_json(completion: Completion) -> dict[str, object]:
+    if completion.error is not None:
+        return {"error": completion.error, "prompt_tokens": len(completion.prompt_token_ids)}
+    entry: dict[str, object] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "prompt_tokens": len(completion.prompt_token_ids),
+        "cached_tokens": completion.num_cached_tokens,
+        "finish_reason": completion.finish_reason,
+    }
+    if completion.sampling.logprobs is not None:
+        entry["logprobs"] = [
+            {"token_id": t.token_id, "logprob": t.logprob, "top": _top(t.top)} for t in completion.logprobs
+        ]
+    return entry
+
+
+def _top(top: Sequence[tuple[int, float]]) -> list[dict[str, float]]:
+    return [{"token_id": token_id, "logprob": logprob} for token_id, logprob in top]
