@@ -31,12 +31,19 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def run_child(name: str, run_dir: Path, phase: Callable[[], str], body: Callable[[], None]) -> None:
-    """Run `body`; an error is recorded for the supervisor before anything else can see it, then exit with 1."""
+def run_child(
+    name: str,
+    run_dir: Path,
+    phase: Callable[[], str],
+    body: Callable[[], None],
+    report: Callable[[Exception], None] = lambda error: None,
+) -> None:
+    """Run `body`; an error is recorded before any peer can see it, then reported, and the exit code is 1."""
     try:
         body()
     except Exception as error:  # noqa: BLE001 - the outermost frame
         write_failure(run_dir, name, phase(), error)
+        report(error)
         get_logger(__name__).debug("failed in phase %s", phase(), exc_info=error)
         # Not a normal exit: a rank that others wait for could wait for them in its own clean-up.
         sys.stderr.flush()

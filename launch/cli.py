@@ -10,17 +10,28 @@ import typer
 
 from launch import bench_command, config_command
 from launch.generate_command import generate
-from tprt.errors import EngineDeadError, TprtError
+from tprt.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    ShardPlanError,
+    TprtError,
+    UnsupportedModelError,
+)
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+# What the user can put right; any other error is a failure of the engine.
+BAD_INPUT = (ConfigError, CheckpointError, UnsupportedModelError, ShardPlanError, InvalidRequestError)
 
 app = typer.Typer(
     help="A tensor-parallel runtime for large language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 app.command()(generate)
 app.add_typer(config_command.app, name="config")
@@ -39,12 +50,9 @@ def _options(
 def main() -> None:
     """Run the command line; the console script `tprt`."""
     try:
-        code = app(standalone_mode=False)
+        app(prog_name="tprt")
     except TprtError as error:
         print(f"tprt: {error}", file=sys.stderr)
-        code = EXIT_FAILED if isinstance(error, EngineDeadError) else EXIT_BAD_INPUT
-    except typer.Abort:
-        code = EXIT_INTERRUPTED
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, BAD_INPUT) else EXIT_FAILED)
     except KeyboardInterrupt:
-        code = EXIT_INTERRUPTED
-    sys.exit(code)
+        sys.exit(EXIT_INTERRUPTED)

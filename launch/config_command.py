@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from launch.config_file import load_config, show
+from launch.config_file import config_schema, load_config, show
 from launch.options import ConfigArgument, SetOption
-from tprt.config import Config
 
 app = typer.Typer(help="Show settings, or what settings there are.", no_args_is_help=True)
 
@@ -25,4 +24,4 @@ def schema(
     indent: Annotated[int, typer.Option(help="Spaces to indent by.")] = 2,
 ) -> None:
     """Print the JSON schema of the settings, with the meaning of each."""
-    print(json.dumps(Config.model_json_schema(), indent=indent))
+    print(json.dumps(config_schema(), indent=indent))

@@ -1,12 +1,14 @@
 """From a YAML file and `section.key=value` overrides to a `Config`, strictly.
 
 Every problem is reported with its file and dotted key, all in one error; a key that does not exist comes with
-the nearest that does.
+the nearest that does. Types are those of YAML: `port: "80"` and `port: yes` are no numbers. Knows nothing of
+what a setting does.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,23 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: lists every problem with file, dotted key, what was found and what was expected.
     """
     settings = _read_yaml(path)
-    origin = dict.fromkeys(_leaves(settings), path)
+    origin: dict[str, str] = {}
     for override in overrides:
         key, value = _parse_override(override)
-        _assign(settings, key, value)
-        origin |= dict.fromkeys([key, *_leaves(value, key)], f"{_OVERRIDE} {override}")
+        made = _assign(settings, key, value)
+        origin = {at: source for at, source in origin.items() if not at.startswith(f"{key}.")}
+        origin |= dict.fromkeys((made, key), f"{_OVERRIDE} {override}")
     try:
-        return Config.model_validate(settings)
+        # By way of JSON, since only there does strict validation take a list for a tuple.
+        return Config.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
         problems = [_describe(problem, origin, path) for problem in error.errors()]
         raise ConfigError("\n".join(problems)) from None
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON schema of a deployment's settings, with the meaning of each."""
+    return Config.model_json_schema()
 
 
 def show(config: Config) -> str:
@@ -54,7 +63,15 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key which is given twice."""
+    """A safe loader that refuses a key which is given twice, and aliases: they can nest without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor} is an alias; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
@@ -81,7 +98,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: {error.problem}") from error
+        context = f"{error.context}, " if error.context else ""
+        raise ConfigError(f"{path}{line}: {context}{error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, dict):
@@ -92,43 +110,45 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    key = key.strip()
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"{_OVERRIDE} {override}: expected section.key=value")
     try:
-        return key.strip(), yaml.load(value, _StrictLoader)
+        return key, yaml.load(value, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{_OVERRIDE} {override}: the value is not YAML: {error}") from error
 
 
-def _assign(settings: dict[str, Any], key: str, value: object) -> None:
+def _assign(settings: dict[str, Any], key: str, value: object) -> str:
+    """Set `key`, and return the outermost section that had to be made for it (`key` if none)."""
     *sections, name = key.split(".")
-    for section in sections:
+    made = key
+    for depth, section in enumerate(sections, start=1):
+        if section not in settings and made == key:
+            made = ".".join(sections[:depth])
         inner = settings.setdefault(section, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"{_OVERRIDE} {key}: {section} is {inner!r}, which has no keys")
         settings = inner
     settings[name] = value
-
-
-def _leaves(value: object, prefix: str = "") -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            dotted = f"{prefix}.{name}" if prefix else str(name)
-            yield dotted
-            yield from _leaves(inner, dotted)
+    return made
 
 
 def _describe(problem: Any, origin: Mapping[str, str], path: str) -> str:
     """Say where one of pydantic's findings is, what was found, and what to do."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
+    if problem["type"] == "missing":
+        return f"{path}: {key} is missing; it must be given"
     source = next(
         (origin[at] for n in range(len(location), 0, -1) if (at := ".".join(location[:n])) in origin), path
     )
     if problem["type"] == "extra_forbidden":
         return f"{source}: there is no setting {key}{_suggestion(key)}"
-    if problem["type"] == "missing":
-        return f"{source}: {key} is missing; it must be given"
+    if problem["type"] == "model_type":
+        example = next(known for known in known_keys() if known.startswith(f"{key}."))
+        found = "empty" if problem["input"] is None else repr(problem["input"])
+        return f"{source}: {key} is {found}; expected settings such as {example}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if problem["type"] == "value_error":

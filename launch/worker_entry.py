@@ -6,7 +6,9 @@ epoch from variables of tprt's own.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +16,18 @@ from typing import TYPE_CHECKING
 from launch.child import EPOCH, RUN_DIR, die_with_parent, run_child
 from launch.run_dir import read_config, worker_socket
 from tprt.config import Config
+from tprt.errors import TransportError
 from tprt.log import configure_logging
+from tprt.messages import WorkerFailed
+from tprt.transport.codec import encode
 
 if TYPE_CHECKING:
+    from tprt.transport.channel import WorkerLink
     from tprt.worker.main import Worker
+
+# The end of a traceback says most; a control message has a bound.
+_MAX_TRACEBACK = 32_000
+_REPORT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +63,21 @@ class WorkerProcess:
         self._config = config
         self._phase = "import"
         self._worker: Worker | None = None
+        self._link: WorkerLink | None = None
 
     def phase(self) -> str:
         """Return the stage that is under way."""
         return self._phase if self._worker is None else self._worker.phase
+
+    def report(self, error: Exception) -> None:
+        """Tell the coordinator why this rank cannot go on, if it can still be told."""
+        if self._link is None:
+            return
+        trace = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
+        name = type(error).__name__
+        failed = WorkerFailed(self._place.epoch, self._place.rank, self.phase(), f"{name}: {error}", trace)
+        with contextlib.suppress(TransportError):
+            self._link.send_control(b"".join(encode(failed)), _REPORT_S)
 
     def run(self) -> None:
         """Import torch, join the group, load, and run steps until told to stop."""
@@ -75,6 +96,7 @@ class WorkerProcess:
         timeout_s = config.supervision.startup_timeout_s
         socket = worker_socket(place.run_dir, place.epoch)
         link = ShmWorkerLink.connect(socket, epoch=place.epoch, rank=place.rank, timeout_s=timeout_s)
+        self._link = link
         self._phase = "process-group init"
         checkpoint = read_checkpoint_config(config.model.path)
         group = make_group(
@@ -100,7 +122,7 @@ def main() -> None:
     name = f"rank {place.rank}"
     configure_logging(config.logging.level, config.logging.format, name)
     process = WorkerProcess(place, config)
-    run_child(name, place.run_dir, process.phase, process.run)
+    run_child(name, place.run_dir, process.phase, process.run, process.report)
 
 
 if __name__ == "__main__":

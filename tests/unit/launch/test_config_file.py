@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config_file import known_keys, load_config, show
-from tprt.config import Config
+from launch.config_file import config_schema, known_keys, load_config, show
 from tprt.errors import ConfigError
 
 Write = Callable[[str], str]
@@ -78,6 +77,42 @@ def test_every_problem_is_listed_with_its_own_source(write: Write) -> None:
     assert "--set server.port=99999: server.port is 99999" in lines[3]
 
 
+def test_a_problem_is_laid_at_the_override_that_made_it(write: Write) -> None:
+    path = write("model: {path: m, dtype: float8}")
+    lines = refusal(path, "paralel.rank_weights=[1]", "cache.block_size=x", "model.load_format=x").splitlines()
+    assert sorted(line.partition(": ")[0] for line in lines) == [
+        "--set cache.block_size=x",
+        "--set model.load_format=x",
+        "--set paralel.rank_weights=[1]",
+        path,
+    ]
+
+
+def test_an_override_of_a_whole_section_forgets_what_was_set_in_it_before(write: Write) -> None:
+    path = write("model: {path: m}")
+    config = load_config(path, ["cache.block_size=none", "cache={num_blocks: 8}"])
+    assert config.cache.num_blocks == 8
+    assert refusal(path, "cache.block_size=8", "cache={block_size: x}") == (
+        "--set cache={block_size: x}: cache.block_size is 'x'; input should be a valid integer"
+    )
+
+
+@pytest.mark.parametrize("value", ["yes", "'80'", "80.5", "80.0", "null", "[80]", "{a: 1}", "0x1_0000"])
+def test_a_number_is_a_number_within_its_bounds_and_nothing_that_looks_like_one(
+    write: Write, value: str
+) -> None:
+    path = write("model: {path: m}")
+    assert refusal(path, f"server.port={value}").startswith(f"--set server.port={value}: server.port is ")
+    assert load_config(path, ["server.port=80"]).server.port == 80
+
+
+@pytest.mark.parametrize("value", [".nan", "0", "-1", "yes", "'3'"])
+def test_a_deadline_is_a_positive_number_of_seconds(write: Write, value: str) -> None:
+    path = write("model: {path: m}")
+    assert "supervision.step_timeout_s is " in refusal(path, f"supervision.step_timeout_s={value}")
+    assert load_config(path, ["supervision.step_timeout_s=3"]).supervision.step_timeout_s == 3.0
+
+
 def test_settings_that_contradict_each_other_are_refused(write: Write) -> None:
     path = write("model: {path: m}\nscheduler: {max_num_seqs: 9, max_num_batched_tokens: 8}")
     assert "max_num_batched_tokens 8 is less than max_num_seqs 9" in refusal(path)
@@ -94,7 +129,13 @@ def test_settings_that_contradict_each_other_are_refused(write: Write) -> None:
         ("model: {path: m}\nmodel: {path: n}", "line 2: key 'model' is given twice"),
         ("model: {path: m, path: n}", "line 1: key 'path' is given twice"),
         ("1: 2", "line 1: key 1 is no text"),
-        ("model: {path: m\nx", "line 2"),
+        ("model: {path: m\nx", "line 2: while parsing a flow mapping, expected"),
+        ("model: {path: m}\n---\na: 1", "line 2: expected a single document"),
+        ("model: {path: \0}", "special characters are not allowed"),
+        ("model: &m {path: *m}", "line 1: *m is an alias; write the value out"),
+        ("&all {model: *all}", "line 1: *all is an alias; write the value out"),
+        ("model: 3", "model is 3; expected settings such as model.path"),
+        ("model: {path: m}\nserver:", "server is empty; expected settings such as server.host"),
         ("model: !!python/object/apply:os.system [true]", "line 1"),
     ],
 )
@@ -108,7 +149,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
     assert refusal("/nowhere.yaml") == "there is no file /nowhere.yaml; expected the YAML file of a deployment"
 
 
-@pytest.mark.parametrize("override", ["model.path", "=3", "model.path.x=3", "model.path=[1"])
+@pytest.mark.parametrize("override", ["model.path", "=3", "model..path=3", "model.path.x=3", "model.path=[1"])
 def test_an_override_that_cannot_be_read_is_quoted(write: Write, override: str) -> None:
     assert override.partition("=")[0] in refusal(write("model: {path: m}"), override)
 
@@ -122,7 +163,7 @@ def test_what_is_shown_loads_back_to_the_same_settings(write: Write, tmp_path: P
 
 
 def test_every_setting_says_what_it_means() -> None:
-    schema = Config.model_json_schema()
+    schema = config_schema()
     described = {
         f"{section}.{name}"
         for section, ref in schema["properties"].items()

@@ -1,0 +1,127 @@
+"""The command line answers with one message and an exit code that a script can act on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from launch import cli, config_command
+from launch.config_file import config_schema, load_config
+from tprt import errors
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    def run_main(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["tprt", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code if isinstance(end.value.code, int) else 0
+
+    return run_main
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "deployment.yaml"
+    path.write_text("model: {path: m}\n")
+    return str(path)
+
+
+def test_the_version_is_that_of_the_package(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{version('tprt')}\n"
+
+
+def test_what_config_show_prints_loads_back_to_the_same_settings(
+    run: Run, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["parallel.tensor_parallel_size=2", "parallel.rank_weights=[80, 48.5]"]
+    assert run("config", "show", file, "--set", overrides[0], "--set", overrides[1]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert load_config(str(tmp_path / "shown.yaml")) == load_config(file, overrides)
+
+
+def test_config_schema_prints_the_schema_as_json(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("config", "schema") == 0
+    assert json.loads(capsys.readouterr().out) == config_schema()
+
+
+def test_a_bad_setting_is_one_message_on_standard_error(
+    run: Run, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("config", "show", file, "--set", "server.prot=1") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == (
+        "tprt: --set server.prot=1: there is no setting server.prot; did you mean server.port?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nosuch"], "No such command 'nosuch'"),
+        (["config", "show"], "Missing argument 'CONFIG'"),
+        (["config", "show", "x.yaml", "--bad"], "No such option: --bad"),
+        (["config", "schema", "--indent", "x"], "Invalid value for '--indent'"),
+        (["config"], "Usage: tprt config"),
+        ([], "Usage: tprt"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_shows_usage_and_no_traceback(
+    run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(*arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("x"), 2),
+        (errors.CheckpointError("x"), 2),
+        (errors.UnsupportedModelError("x"), 2),
+        (errors.ShardPlanError("x"), 2),
+        (errors.InvalidRequestError("x"), 2),
+        (errors.EngineDeadError("x"), 1),
+        (errors.TransportTimeoutError("x"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_the_exit_code_says_whose_fault_it_was(
+    run: Run, monkeypatch: pytest.MonkeyPatch, file: str, error: BaseException, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(config_command, "load_config", fail)
+    assert run("config", "show", file) == code
+
+
+def test_an_error_that_is_our_own_bug_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(config_command, "load_config", fail)
+    monkeypatch.setattr(sys, "argv", ["tprt", "config", "show", file])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_importing_the_command_line_does_not_import_torch() -> None:
+    code = "import sys, launch.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
