@@ -110,9 +110,7 @@ def test_the_exit_code_says_whose_fault_it_was(
     assert run("config", "show", file) == code
 
 
-def test_an_error_that_is_our_own_bug_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_an_error_that_is_our_own_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 

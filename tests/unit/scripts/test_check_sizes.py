@@ -60,7 +60,10 @@ def test_all_offenders_in_all_folders_are_printed_and_fail_the_check(
     first = write(tmp_path, function(MAX_FUNCTION_LINES + 1), "a/deep/m.py")
     second = write(tmp_path, "x = 1\n" * (MAX_FILE_LINES + 1), "b/m.py")
     assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()] == [f"{first}:1:", f"{second}:1:"]
+    assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"{first}:1:",
+        f"{second}:1:",
+    ]
 
 
 def test_short_code_passes_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,8 +93,7 @@ def test_of_two_ranks_that_share_a_group_the_stronger_has_more_heads() -> None:
     assert [heads.size for heads in q_heads] == [2, 6]
 
 
-def test_a_weak_rank_joins_the_run_that_leaves_it_least() -> None:
-    """Two strong ranks and two weak ones on two groups of 8: three share one group, or two each."""
+def test_a_group_is_split_by_the_weights_of_its_own_ranks() -> None:
     q_heads, kv_heads = split_heads(shape_with(2, 8), [4.0, 4.0, 1.0, 7.0])
     assert [heads.size for heads in q_heads] == [4, 4, 1, 7]
     assert [heads.start for heads in kv_heads] == [0, 0, 1, 1]

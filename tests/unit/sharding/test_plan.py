@@ -105,7 +105,9 @@ def test_a_rank_of_more_weight_does_not_carry_less(case: Case) -> None:
     loads = plan.weight_elements()
     for shard, load, weight in zip(plan.shards, loads, weights, strict=True):
         if shard.mlp_channels.size > largest_block(plan):
-            heavier = [other for other, other_weight in zip(loads, weights, strict=True) if other_weight >= weight]
+            heavier = [
+                other for other, other_weight in zip(loads, weights, strict=True) if other_weight >= weight
+            ]
             assert load <= (min(heavier) + unit) * (1 + 1e-9)
 
 
@@ -170,7 +172,9 @@ def test_kv_groups_follow_the_weights_of_unequal_gpus() -> None:
 
 
 def test_one_rank_holds_the_whole_model() -> None:
-    assert make_shard_plan(TINY, 1).shards == (RankShard(0, Range(0, 4), Range(0, 2), Range(0, 6), Range(0, 5)),)
+    assert make_shard_plan(TINY, 1).shards == (
+        RankShard(0, Range(0, 4), Range(0, 2), Range(0, 6), Range(0, 5)),
+    )
 
 
 def test_as_many_ranks_as_query_heads_have_one_each() -> None:

@@ -1,0 +1,47 @@
+"""Short names for driving a scheduler by hand in tests."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from tprt.coordinator.limits import SchedulerLimits
+from tprt.coordinator.result import StepResult
+from tprt.coordinator.scheduler import Scheduler
+from tprt.messages import AddRequest, SamplingParams, StepInput, StepOutput
+
+EOS = 2
+LIMITS = SchedulerLimits(
+    max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, block_size=4, num_blocks=40
+)
+
+
+def make(**changes: object) -> Scheduler:
+    return Scheduler(dataclasses.replace(LIMITS, **changes), (EOS,), 1000, draw_seed=lambda: 77)  # type: ignore[arg-type]
+
+
+def add(scheduler: Scheduler, key: str, prompt: int | list[int], **sampling: object) -> None:
+    """Add a request; a prompt given as a number is that many tokens of its own."""
+    if isinstance(prompt, int):
+        prompt = [100 * (ord(key[-1]) - ord("a") + 1) % 900 + 3 + i for i in range(prompt)]
+    params = SamplingParams(**sampling)  # type: ignore[arg-type]
+    scheduler.add(key, AddRequest(0, np.array(prompt, np.int32), params))
+
+
+def answer(scheduler: Scheduler, step: StepInput, token_id: int = 50) -> StepResult:
+    """Bring back `token_id` for every sampled sequence."""
+    n = int(step.samples.sum())
+    result = scheduler.update(StepOutput(step.epoch, step.step, np.full(n, token_id, np.int32)))
+    scheduler.check()
+    return result
+
+
+def schedule(scheduler: Scheduler) -> StepInput:
+    step = scheduler.schedule()
+    assert step is not None
+    return step
+
+
+def run(scheduler: Scheduler, token_id: int = 50) -> StepResult:
+    return answer(scheduler, schedule(scheduler), token_id)

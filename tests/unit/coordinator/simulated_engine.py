@@ -1,0 +1,191 @@
+"""A worker whose next token depends on what the block tables make visible, and an engine around it."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tprt.coordinator.limits import SchedulerLimits
+from tprt.coordinator.result import StepResult
+from tprt.coordinator.scheduler import Scheduler
+from tprt.messages import AddRequest, FinishReason, SamplingParams, StepInput, StepOutput
+
+VOCAB_SIZE = 13
+EOS = 7
+DRAWN_SEED = 99
+
+
+def kv_value(previous: int, token_id: int, position: int) -> int:
+    """Stand in for the KV of one token, which depends on all tokens before it."""
+    return zlib.crc32(np.array([previous, token_id, position], np.int64).tobytes())
+
+
+def next_token(values: np.ndarray, seed: int) -> int:
+    """Stand in for model and sampler: a token that depends on every visible KV value."""
+    return zlib.crc32(values.astype(np.int64).tobytes(), seed % 2**32) % VOCAB_SIZE
+
+
+def expected_output(request: AddRequest, limits: SchedulerLimits) -> tuple[list[int], FinishReason]:
+    """Generate without blocks, batches and limits other than those of the request."""
+    sampling = request.sampling
+    seed = DRAWN_SEED if sampling.seed is None else sampling.seed
+    values: list[int] = []
+    for position, token_id in enumerate(request.prompt_token_ids.tolist()):
+        values.append(kv_value(values[-1] if values else 0, token_id, position))
+    output: list[int] = []
+    while True:
+        token_id = next_token(np.array(values), seed)
+        output.append(token_id)
+        if token_id in sampling.stop_token_ids or (token_id == EOS and not sampling.ignore_eos):
+            return output, FinishReason.STOP
+        total = len(request.prompt_token_ids) + len(output)
+        if len(output) == sampling.max_tokens or total == limits.max_sequence_len:
+            return output, FinishReason.LENGTH
+        values.append(kv_value(values[-1], token_id, len(values)))
+
+
+class SimulatedWorker:
+    """KV blocks of numbers; checks every `StepInput` and computes from its blocks and nothing else."""
+
+    def __init__(self, limits: SchedulerLimits, epoch: int) -> None:
+        self._limits = limits
+        self._epoch = epoch
+        self._next_step = 0
+        # What was there before must not matter: fill it with what is surely wrong.
+        self._values = np.full(limits.num_blocks * limits.block_size, -7, np.int64)
+
+    def run(self, step: StepInput) -> StepOutput:
+        self._check(step)
+        tokens = np.split(step.token_ids, np.cumsum(step.query_lens)[:-1])
+        num_blocks = -(-step.context_lens // self._limits.block_size)
+        tables = np.split(step.block_ids, np.cumsum(num_blocks)[:-1])
+        sampled = []
+        for row, (row_tokens, table) in enumerate(zip(tokens, tables, strict=True)):
+            context_len = int(step.context_lens[row])
+            slots = self._slot_mapping(table, context_len)
+            self._write(slots, row_tokens.tolist(), context_len)
+            if step.samples[row]:
+                sampled.append(next_token(self._values[slots], int(step.seeds[row])))
+        return StepOutput(step.epoch, step.step, np.array(sampled, np.int32))
+
+    def _slot_mapping(self, table: np.ndarray, context_len: int) -> np.ndarray:
+        positions, size = np.arange(context_len), self._limits.block_size
+        return table[positions // size] * size + positions % size
+
+    def _write(self, slots: np.ndarray, token_ids: list[int], context_len: int) -> None:
+        for offset, token_id in enumerate(token_ids):
+            position = context_len - len(token_ids) + offset
+            previous = int(self._values[slots[position - 1]]) if position else 0
+            self._values[slots[position]] = kv_value(previous, token_id, position)
+
+    def _check(self, step: StepInput) -> None:
+        num_rows = len(step.seq_slots)
+        assert (step.epoch, step.step) == (self._epoch, self._next_step)
+        self._next_step += 1
+        assert 1 <= num_rows <= self._limits.max_num_seqs
+        assert len(set(step.seq_slots.tolist())) == num_rows
+        assert 0 <= step.seq_slots.min() <= step.seq_slots.max() < self._limits.max_num_seqs
+        assert step.query_lens.min() >= 1
+        assert len(step.token_ids) == step.query_lens.sum() <= self._limits.max_num_batched_tokens
+        assert (step.query_lens <= step.context_lens).all()
+        assert len(step.block_ids) == (-(-step.context_lens // self._limits.block_size)).sum()
+        assert 0 <= step.block_ids.min() <= step.block_ids.max() < self._limits.num_blocks
+        assert 0 <= step.token_ids.min() <= step.token_ids.max() < VOCAB_SIZE
+        is_decode = (step.query_lens == 1) & (step.samples == 1)
+        assert is_decode[: step.num_decodes].all()
+        assert not is_decode[step.num_decodes :].any()
+        self._check_writes_are_private(step)
+
+    def _check_writes_are_private(self, step: StepInput) -> None:
+        """No two rows write one block, and nobody writes a block that another row reads."""
+        size = self._limits.block_size
+        num_blocks = -(-step.context_lens // size)
+        first_written = (step.context_lens - step.query_lens) // size
+        tables = np.split(step.block_ids, np.cumsum(num_blocks)[:-1])
+        for row, table in enumerate(tables):
+            assert len(set(table.tolist())) == len(table)
+            others = [block for index, other in enumerate(tables) if index != row for block in other.tolist()]
+            assert not set(table[first_written[row] :].tolist()) & set(others)
+
+
+@dataclass
+class Tracked:
+    """A request as its client sees it."""
+
+    request: AddRequest
+    token_ids: list[int] = field(default_factory=list)
+    reason: FinishReason = FinishReason.NONE
+    aborted: bool = False
+
+
+class Engine:
+    """A scheduler, a simulated worker, and the clients' view of every request."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits, (EOS,), VOCAB_SIZE, draw_seed=lambda: DRAWN_SEED)
+        self.worker = SimulatedWorker(limits, 0)
+        self.epoch = 0
+        self.requests: dict[int, Tracked] = {}
+        self.output: StepOutput | None = None
+        self._ids = itertools.count()
+
+    def add(self, prompt: list[int], sampling: SamplingParams) -> int:
+        key = next(self._ids)
+        request = AddRequest(key + 1000, np.array(prompt, np.int32), sampling)
+        self.scheduler.add(key, request)
+        self.requests[key] = Tracked(request)
+        return key
+
+    def abort(self, key: int) -> None:
+        self.scheduler.abort(key)
+        if self.requests[key].reason == FinishReason.NONE:
+            self.requests[key].aborted = True
+
+    def schedule(self) -> StepInput | None:
+        step = self.scheduler.schedule()
+        self.output = None if step is None else self.worker.run(step)
+        return step
+
+    def update(self) -> StepResult:
+        assert self.output is not None
+        result = self.scheduler.update(self.output)
+        self.output = None
+        rows = zip(result.keys.tolist(), result.token_ids.tolist(), result.finish_reasons.tolist(), strict=True)
+        for row, (key, token_id, reason) in enumerate(rows):
+            tracked = self.requests[key]
+            assert not tracked.aborted, "an aborted request got a token"
+            assert tracked.reason == FinishReason.NONE, "a request got a token after its end"
+            assert result.request_ids[row] == tracked.request.request_id
+            assert 0 <= result.num_cached_tokens[row] < len(tracked.request.prompt_token_ids)
+            tracked.token_ids.append(token_id)
+            tracked.reason = FinishReason(reason)
+        return result
+
+    def replace_worker(self) -> None:
+        self.epoch += 1
+        self.worker = SimulatedWorker(self.limits, self.epoch)
+        self.output = None
+        self.scheduler.reset_for_epoch(self.epoch)
+
+    def finish(self) -> None:
+        """Run until nothing is left, and compare every output with the unconstrained one."""
+        if self.output is not None:
+            self.update()
+        # Every step computes something, and preemption cannot undo more than all the rest.
+        for _ in range(20000):
+            if self.schedule() is None:
+                break
+            self.update()
+            self.scheduler.check()
+        assert not self.scheduler.has_unfinished
+        assert self.scheduler.num_free_blocks == self.limits.num_blocks
+        for tracked in self.requests.values():
+            tokens, reason = expected_output(tracked.request, self.limits)
+            if tracked.aborted:
+                assert tracked.token_ids == tokens[: len(tracked.token_ids)]
+            else:
+                assert (tracked.token_ids, tracked.reason) == (tokens, reason)
