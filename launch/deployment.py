@@ -24,6 +24,8 @@ from tprt.transport.zmq_socket import RequestClient
 
 # Between two looks at whether a process has failed.
 _LOOK_S = 0.1
+# A coordinator that gives up ends at once, and the supervisor then names the cause.
+_CAUSE_S = 2.0
 _FIRST_EPOCH = 0
 
 
@@ -91,7 +93,13 @@ class Deployment:
         Raises:
             EngineDeadError: a process failed.
         """
-        client.poll(_LOOK_S)
+        try:
+            client.poll(_LOOK_S)
+        except EngineDeadError:
+            # The supervisor knows more: it has seen how each process ended.
+            self._supervisor.wait_for_failure(_CAUSE_S)
+            self.raise_if_failed()
+            raise
         self.raise_if_failed()
 
     def raise_if_failed(self) -> None:

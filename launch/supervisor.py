@@ -49,6 +49,7 @@ class Supervisor:
         self._stop_asked = False
         self._start_error: OSError | None = None
         self._failure: str | None = None
+        self._explained = threading.Event()
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
 
@@ -77,6 +78,10 @@ class Supervisor:
         """
         if self._failure is not None:
             raise EngineDeadError(self._failure)
+
+    def wait_for_failure(self, timeout_s: float) -> None:
+        """Wait until a failure has been explained, `timeout_s` at most."""
+        self._explained.wait(timeout_s)
 
     def stop(self) -> None:
         """Wait `grace_s` for the children to end, kill those that do not; idempotent."""
@@ -131,6 +136,7 @@ class Supervisor:
             alive -= ready
             if ready & self._children.keys() and not self._stop_asked:
                 self._failure = self._explain()
+                self._explained.set()
                 return
 
     def _explain(self) -> str:

@@ -199,6 +199,13 @@ class RequestFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """Coordinator to client: the engine cannot go on, and none of the client's requests will be served."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """Coordinator to client: the worker group is up."""
 
@@ -241,6 +248,7 @@ Message = (
     | StepOutput
     | RequestOutput
     | RequestFailed
+    | EngineFailed
     | EngineReady
     | WorkerReady
     | WorkerFailed

@@ -15,6 +15,7 @@ from tprt.errors import EngineDeadError, InvalidRequestError
 from tprt.messages import (
     AbortRequest,
     AddRequest,
+    EngineFailed,
     EngineReady,
     FinishReason,
     Hello,
@@ -86,6 +87,9 @@ class EngineClient:
 
         Returns:
             The engine's greeting when that was among it.
+
+        Raises:
+            EngineDeadError: the coordinator says that the engine cannot go on.
         """
         ready = None
         payload = self._lane.receive(timeout_s)
@@ -114,6 +118,8 @@ class EngineClient:
             completion = self._running.pop(message.request_id, None)
             if completion is not None:
                 completion.error = message.message
+        elif isinstance(message, EngineFailed):
+            raise EngineDeadError(message.message)
         elif isinstance(message, RequestOutput):
             for row in range(len(message.request_ids)):
                 self._take_row(message, row)

@@ -17,6 +17,7 @@ from tprt.coordinator.scheduler import Scheduler
 from tprt.errors import EngineDeadError, TransportTimeoutError
 from tprt.messages import (
     AddRequest,
+    EngineFailed,
     EngineReady,
     FinishReason,
     Message,
@@ -128,6 +129,7 @@ class Client:
         self.tokens: defaultdict[int, list[int]] = defaultdict(list)
         self.reasons: dict[int, FinishReason] = {}
         self.failed: dict[int, str] = {}
+        self.engine_failure = ""
         self.ready: list[EngineReady] = []
         self.outputs: list[RequestOutput] = []
 
@@ -151,6 +153,8 @@ class Client:
             self.ready.append(message)
         elif isinstance(message, RequestFailed):
             self.failed[message.request_id] = message.message
+        elif isinstance(message, EngineFailed):
+            self.engine_failure = message.message
         else:
             assert isinstance(message, RequestOutput)
             self.outputs.append(message)

@@ -35,8 +35,8 @@ def test_a_rank_that_fails_in_a_step_is_named_with_its_phase_error_and_traceback
     lines = engine.death().splitlines()
     assert lines[0] == f"Traceback of rank {failing}"
     assert lines[-1] == f"rank {failing} failed in phase decode: ValueError: 3 is odd"
-    client.wait(lambda: 1 in client.failed)
-    assert "3 is odd" in client.failed[1]
+    client.wait(lambda: client.engine_failure != "")
+    assert "3 is odd" in client.engine_failure
 
 
 def test_the_cause_is_reported_and_not_its_consequence_that_came_first(make: Make) -> None:

@@ -1,0 +1,92 @@
+"""KV blocks of the rows of the table: taken when a sequence gets a row, added as it grows, let go at its end.
+
+The one place that knows both the table and the block manager. Knows nothing of policy: whether there are
+blocks is told, who must give way is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tprt.coordinator.block_manager import BlockManager
+from tprt.coordinator.limits import SchedulerLimits
+from tprt.coordinator.sequence import Sequence, SequenceTable, Slots
+from tprt.coordinator.step import StepInFlight
+
+
+class KVAllocation:
+    """The blocks of all rows of `table`."""
+
+    def __init__(self, table: SequenceTable, limits: SchedulerLimits) -> None:
+        self._table = table
+        self._block_size = limits.block_size
+        self._blocks = BlockManager(limits.num_blocks, limits.enable_prefix_caching)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that no sequence holds."""
+        return self._blocks.num_free
+
+    def try_place(self, sequence: Sequence, num_reserved: int) -> int | None:
+        """Give a waiting sequence a row, and blocks for all its tokens, cached ones as far as there are.
+
+        At least its last token is left to compute, so that a next one can be sampled.
+
+        Returns:
+            Its slot, or None when fewer than `num_reserved` blocks would be left.
+        """
+        tokens, size = sequence.token_ids, self._block_size
+        cached = self._blocks.find_cached(sequence.hash_blocks(tokens, 0, (len(tokens) - 1) // size, size))
+        num_new = -(-len(tokens) // size) - len(cached)
+        if not self._blocks.can_allocate(cached, num_new + num_reserved):
+            return None
+        num_cached_tokens = len(cached) * size
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = num_cached_tokens
+        return self._table.place(sequence, self._blocks.allocate(cached, num_new), num_cached_tokens)
+
+    def try_grow(self, slots: Slots) -> bool:
+        """Give each row a block for its newest token where it has none; all of them or none."""
+        table = self._table
+        missing = table.num_tokens[slots] - table.num_blocks[slots] * self._block_size
+        short = slots[missing > 0]
+        if len(short) > self._blocks.num_free:
+            return False
+        if len(short):
+            assert missing.max() <= self._block_size, "a row grew by more than a block"
+            table.block_tables[short, table.num_blocks[short]] = self._blocks.append(len(short))
+            table.num_blocks[short] += 1
+        return True
+
+    def release(self, slot: int) -> Sequence:
+        """Free the blocks and the row of a sequence, which keeps its tokens."""
+        assert self._table.in_flight[slot] == 0, "a step in flight uses the blocks"
+        self._blocks.free(self._table.blocks(slot))
+        return self._table.remove(slot)
+
+    def register_computed(self, step: StepInFlight) -> None:
+        """Let other sequences find the blocks that `step`, which is done, has filled."""
+        if not self._blocks.enable_prefix_caching:
+            return
+        num_full, num_known = step.context_lens // self._block_size, self._table.num_known_blocks
+        rows = np.flatnonzero(num_full > num_known[step.slots])
+        slots, ends = step.slots[rows], num_full[rows]
+        for slot, first, end in zip(slots.tolist(), num_known[slots].tolist(), ends.tolist(), strict=True):
+            self._register_row(slot, first, end)
+        num_known[slots] = ends
+
+    def check(self) -> None:
+        """Assert that block tables and reference counts agree."""
+        self._blocks.check()
+        held = [self._table.blocks(slot) for slot, s in enumerate(self._table.sequences) if s is not None]
+        counts = np.zeros(self._blocks.num_blocks, np.int32)
+        for blocks in held:
+            # A block twice in one table would be counted once, and so be noticed.
+            counts[blocks] += 1
+        assert (self._blocks.reference_counts == counts).all(), "reference counts differ from the tables"
+
+    def _register_row(self, slot: int, first: int, end: int) -> None:
+        table = self._table
+        hashes = table.sequence(slot).hash_blocks(table.token_ids[slot], first, end, self._block_size)
+        for block, block_hash in zip(table.block_tables[slot, first:end].tolist(), hashes, strict=True):
+            self._blocks.register(block, block_hash)

@@ -1,0 +1,86 @@
+"""What one step brought, in columns, one row for each sequence that got a token.
+
+Knows nothing of clients: keys are whatever the caller named its requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tprt.coordinator.sequence import SequenceTable, Slots
+from tprt.coordinator.step import StepInFlight
+from tprt.messages import FinishReason, Float32Array, Int32Array, Int64Array, StepOutput, UInt8Array
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The news of one step.
+
+    Attributes:
+        keys: `[n]` object array, the keys of `Scheduler.add`.
+        request_ids, token_ids, finish_reasons, num_cached_tokens, logprobs, top_token_ids, top_logprobs,
+            num_top: as in `RequestOutput`.
+    """
+
+    keys: NDArray[Any]
+    request_ids: Int64Array
+    token_ids: Int32Array
+    finish_reasons: UInt8Array
+    num_cached_tokens: Int32Array
+    logprobs: Float32Array
+    top_token_ids: Int32Array
+    top_logprobs: Float32Array
+    num_top: int
+
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> StepResult:
+        """Return the chosen rows of every column."""
+        return StepResult(
+            keys=self.keys[rows],
+            request_ids=self.request_ids[rows],
+            token_ids=self.token_ids[rows],
+            finish_reasons=self.finish_reasons[rows],
+            num_cached_tokens=self.num_cached_tokens[rows],
+            logprobs=self.logprobs[rows] if len(self.logprobs) else self.logprobs,
+            top_token_ids=self._select_top(self.top_token_ids, rows),
+            top_logprobs=self._select_top(self.top_logprobs, rows),
+            num_top=self.num_top,
+        )
+
+    def _select_top(self, column: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
+        if len(column) == 0:
+            return column
+        selected: NDArray[Any] = column.reshape(len(self.keys), self.num_top)[rows].ravel()
+        return selected
+
+
+def find_finish_reasons(table: SequenceTable, step: StepInFlight, token_ids: Int32Array) -> UInt8Array:
+    """Return the `FinishReason` of each sampled row `[n]`; a stop token counts more than the length."""
+    slots = step.sampled_slots
+    stops = (table.stop_ids[slots] == token_ids[:, None]).any(axis=1)
+    too_long = step.sampled_positions + 1 >= table.max_tokens[slots]
+    reasons = too_long * np.uint8(FinishReason.LENGTH)
+    reasons[stops] = FinishReason.STOP
+    return reasons
+
+
+def make_result(
+    table: SequenceTable, slots: Slots, output: StepOutput, finish_reasons: UInt8Array
+) -> StepResult:
+    """Return the news of a step that sampled `slots` `[n]`, without sequences that had ended before it did."""
+    result = StepResult(
+        keys=table.keys[slots],
+        request_ids=table.request_ids[slots],
+        token_ids=output.token_ids,
+        finish_reasons=finish_reasons,
+        num_cached_tokens=table.num_cached_tokens[slots],
+        logprobs=output.logprobs,
+        top_token_ids=output.top_token_ids,
+        top_logprobs=output.top_logprobs,
+        num_top=output.num_top,
+    )
+    ended = table.ended[slots]
+    return result.select(~ended) if ended.any() else result

@@ -1,0 +1,251 @@
+"""Continuous batching: which sequences compute which tokens in the next step.
+
+Every running sequence that only lacks its newest token is in every step (a decode); what is left of the token
+budget goes to prompts, in chunks, oldest first; then waiting sequences are admitted, first come, first
+served. When blocks run out, the sequence that was admitted last is preempted: it goes back to the head of the
+queue with the tokens it has, and is computed again.
+
+Does no I/O and reads no clock: the same calls give the same steps.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
+
+import numpy as np
+
+from tprt.coordinator.kv_allocation import KVAllocation
+from tprt.coordinator.limits import SchedulerLimits, check_request
+from tprt.coordinator.result import StepResult, find_finish_reasons, make_result
+from tprt.coordinator.sequence import Sequence, SequenceTable, Slots
+from tprt.coordinator.step import Batch, StepInFlight, advance, build_step_input, make_batch
+from tprt.errors import InvalidRequestError
+from tprt.messages import AddRequest, FinishReason, Int32Array, StepInput, StepOutput
+
+_NO_SLOTS: Slots = np.empty(0, np.intp)
+
+
+def draw_random_seed() -> int:
+    """Return a seed for a request that brought none."""
+    return secrets.randbits(63)
+
+
+class Scheduler:
+    """All unfinished sequences of one engine, and the KV blocks they share.
+
+    One step is in flight at a time: `schedule` and `update` take turns. Columns and records are kept as they
+    would be for more, so that a step may one day be scheduled before the tokens of the last are back.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        epoch: int = 0,
+        draw_seed: Callable[[], int] = draw_random_seed,
+    ) -> None:
+        self._limits = limits
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._draw_seed = draw_seed
+        self._sequences: dict[Hashable, Sequence] = {}
+        self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
+        self._num_preemptions = 0
+        self._start_epoch(epoch)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._next_step = 0
+        self._table = SequenceTable(self._limits, self._eos_token_ids)
+        self._kv = KVAllocation(self._table, self._limits)
+        # Slots in the order in which their sequences were admitted.
+        self._running = _NO_SLOTS
+        self._in_flight: deque[StepInFlight] = deque()
+
+    @property
+    def limits(self) -> SchedulerLimits:
+        """What this scheduler keeps to."""
+        return self._limits
+
+    @property
+    def epoch(self) -> int:
+        """The worker group that steps are made for."""
+        return self._epoch
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Tell whether any request is unfinished."""
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a slot and go on."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot or for blocks."""
+        return len(self._waiting)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that no sequence holds."""
+        return self._kv.num_free
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions since the start."""
+        return self._num_preemptions
+
+    def unfinished_keys(self) -> list[Hashable]:
+        """Return the keys of all requests that have not ended."""
+        return list(self._sequences)
+
+    def add(self, key: Hashable, request: AddRequest) -> None:
+        """Queue a request under `key`.
+
+        Raises:
+            InvalidRequestError: the key is in use, or the request could never be served.
+        """
+        if key in self._sequences:
+            raise InvalidRequestError(
+                f"request id {request.request_id} belongs to a request that has not ended; use another one"
+            )
+        check_request(request, self._limits, self._vocab_size)
+        sampling, tokens = request.sampling, request.prompt_token_ids
+        seed = self._draw_seed() if sampling.seed is None else sampling.seed
+        sequence = Sequence(key, request.request_id, sampling, seed, len(tokens), tokens)
+        self._sequences[key] = self._waiting[key] = sequence
+
+    def abort(self, key: Hashable) -> None:
+        """Forget a request; its blocks stay untouched until no step in flight uses them."""
+        sequence = self._sequences.get(key)
+        if sequence is None:
+            return
+        if sequence.slot < 0:
+            del self._sequences[key], self._waiting[key]
+        else:
+            slots = np.array([sequence.slot], np.intp)
+            self._end(slots)
+            self._release_ended(slots)
+
+    def schedule(self) -> StepInput | None:
+        """Choose and start the next step; None when nothing can run."""
+        assert not self._in_flight, "the output of the last step has not been brought back"
+        preempted = self._grow_running()
+        batch = self._choose(may_admit=not preempted)
+        if batch is None:
+            return None
+        step = build_step_input(self._table, batch, self._limits.block_size, self._epoch, self._next_step)
+        self._in_flight.append(advance(self._table, batch.slots, step))
+        self._next_step += 1
+        return step
+
+    def update(self, output: StepOutput) -> StepResult:
+        """Take in the tokens of the oldest step in flight; end what they end."""
+        step = self._in_flight.popleft()
+        assert (output.epoch, output.step) == (self._epoch, step.step), "the output of another step"
+        assert len(output.token_ids) == len(step.sampled_slots), "an output of the wrong length"
+        table = self._table
+        table.in_flight[step.slots] -= 1
+        table.token_ids[step.sampled_slots, step.sampled_positions] = output.token_ids
+        self._kv.register_computed(step)
+        reasons = find_finish_reasons(table, step, output.token_ids)
+        result = make_result(table, step.sampled_slots, output, reasons)
+        self._end(step.sampled_slots[reasons != FinishReason.NONE])
+        self._release_ended(step.slots)
+        return result
+
+    def reset_for_epoch(self, epoch: int) -> None:
+        """Start anew with another worker group: nothing is cached or in flight, no token is lost.
+
+        Unfinished sequences wait in the order in which they ran and waited.
+        """
+        running = [self._table.remove(slot) for slot in self._running.tolist()]
+        waiting = [*running, *self._waiting.values()]
+        self._waiting = OrderedDict((sequence.key, sequence) for sequence in waiting)
+        self._start_epoch(epoch)
+
+    def check(self) -> None:
+        """Assert that blocks, tables, slots and queues agree."""
+        table = self._table
+        self._kv.check()
+        taken = [slot for slot, sequence in enumerate(table.sequences) if sequence is not None]
+        going_on = [slot for slot in taken if not table.ended[slot]]
+        assert sorted(self._running.tolist()) == going_on
+        assert all(table.in_flight[slot] for slot in taken if table.ended[slot])
+        keys = {*self._waiting, *(table.sequence(slot).key for slot in going_on)}
+        assert keys == self._sequences.keys()
+        assert len(keys) == len(self._waiting) + len(going_on)
+
+    def _grow_running(self) -> bool:
+        """Give every running sequence room for its newest token; tell whether any had to give way."""
+        preempted = False
+        while not self._kv.try_grow(self._running):
+            self._preempt_last()
+            preempted = True
+        return preempted
+
+    def _preempt_last(self) -> None:
+        """Send the sequence that was admitted last back to the head of the queue."""
+        slot = int(self._running[-1])
+        self._running = self._running[:-1]
+        sequence = self._kv.release(slot)
+        self._waiting[sequence.key] = sequence
+        self._waiting.move_to_end(sequence.key, last=False)
+        self._num_preemptions += 1
+
+    def _choose(self, may_admit: bool) -> Batch | None:
+        """Share the token budget out: decodes, then prompts under way, then new ones."""
+        budget = self._limits.max_num_batched_tokens
+        query_lens = self._share(self._running, budget)
+        if may_admit and self._waiting:
+            admitted = self._admit(budget - int(query_lens.sum()))
+            self._running = np.concatenate([self._running, admitted])
+            query_lens = self._share(self._running, budget)
+        if len(query_lens) == 0:
+            return None
+        in_step = query_lens > 0
+        return make_batch(self._table, self._running[in_step], query_lens[in_step])
+
+    def _share(self, slots: Slots, budget: int) -> Int32Array:
+        """Return the tokens `[S]` that each row computes next; decodes always get their one."""
+        lens = self._table.num_tokens[slots] - self._table.num_computed_tokens[slots]
+        is_prefill = lens > 1
+        if is_prefill.any():
+            wanted = lens[is_prefill]
+            budget -= len(lens) - len(wanted)
+            before = np.cumsum(wanted) - wanted
+            lens[is_prefill] = np.clip(budget - before, 0, wanted)
+        return lens
+
+    def _admit(self, budget: int) -> Slots:
+        """Give rows to waiting sequences in their order, as long as there are tokens, rows and blocks."""
+        admitted: list[int] = []
+        while budget > 0 and self._waiting and self._table.num_free_slots:
+            key, sequence = next(iter(self._waiting.items()))
+            # With a block left for each that runs, none must give way before it has filled it.
+            slot = self._kv.try_place(sequence, num_reserved=len(self._running) + len(admitted))
+            if slot is None:
+                break
+            del self._waiting[key]
+            admitted.append(slot)
+            budget -= int(self._table.num_tokens[slot] - self._table.num_computed_tokens[slot])
+        return np.array(admitted, np.intp)
+
+    def _end(self, slots: Slots) -> None:
+        """End the sequences of `slots` that have not ended yet."""
+        for slot in slots[~self._table.ended[slots]].tolist():
+            del self._sequences[self._table.sequence(slot).key]
+            self._table.ended[slot] = True
+        if len(slots):
+            self._running = self._running[~self._table.ended[self._running]]
+
+    def _release_ended(self, slots: Slots) -> None:
+        """Free what ended sequences held, except where a step in flight still uses it."""
+        table = self._table
+        for slot in slots[table.ended[slots] & (table.in_flight[slots] == 0)].tolist():
+            self._kv.release(slot)
