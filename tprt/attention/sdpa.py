@@ -64,9 +64,10 @@ class SdpaBackend(AttentionBackend):
         if num_seqs > 1 and num_seqs * longest > _MAX_PADDING * sum(step.decode_lens):
             return self._decode_one_by_one(query, kv_cache, context)
         tables = context.block_tables[:num_seqs, : -(-longest // kv_cache.shape[2])]
-        k, v = (cache[tables].flatten(1, 2)[:, :longest].transpose(1, 2) for cache in kv_cache.unbind())
+        blocks = (cache.index_select(0, tables.flatten()) for cache in kv_cache.unbind())
+        k, v = (b.view(num_seqs, -1, *b.shape[2:])[:, :longest].transpose(1, 2) for b in blocks)
         # The query heads of a KV group become rows of one matrix: keys and values are read once for them.
-        grouped = query.view(num_seqs, k.shape[1], -1, query.shape[-1])
+        grouped = query.reshape(num_seqs, k.shape[1], -1, query.shape[-1])
         result = functional.scaled_dot_product_attention(
             grouped, k, v, attn_mask=step.decode_mask, scale=self._scale
         )
@@ -108,8 +109,8 @@ class SdpaBackend(AttentionBackend):
 def _gather(kv_cache: Tensor, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Collect the first `length` keys and values `[length, kv, D]` of one sequence."""
     num_blocks = -(-length // kv_cache.shape[2])
-    blocks = kv_cache[:, block_table[:num_blocks]].flatten(1, 2)
-    return blocks[0, :length], blocks[1, :length]
+    key, value = (cache.index_select(0, block_table[:num_blocks]).flatten(0, 1) for cache in kv_cache.unbind())
+    return key[:length], value[:length]
 
 
 def _chunks_and_decodes(context: Context) -> tuple[list[tuple[int, int, int, int]], list[int]]:

@@ -7,9 +7,8 @@ nothing of models and files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -131,8 +130,3 @@ class RowParallelLinear(LinearBase):
 
 def _scaled(heads: Range, head_dim: int) -> Range:
     return Range(heads.start * head_dim, heads.stop * head_dim)
-
-
-def split_columns(output: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split the output of a merged layer into its parts along the last dimension, without a copy."""
-    return torch.split(output, list(sizes), dim=-1)

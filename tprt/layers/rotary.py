@@ -52,5 +52,6 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 def apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotate the heads `x` `[T, h, D]`; with halves (a, b): (a cos - b sin, b cos + a sin)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    tokens, heads, size = x.shape
+    swapped = x.view(tokens, heads, 2, size // 2).flip(-2).view(x.shape)
     return torch.addcmul(x * cos, swapped, signed_sin)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tprt.attention import AttentionBackend
@@ -21,7 +22,6 @@ from tprt.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
-    split_columns,
 )
 from tprt.layers.norm import RMSNorm
 from tprt.layers.parameter import ShardId
@@ -63,16 +63,17 @@ class DecoderAttention(nn.Module):
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if qk_norm else None
         self.attn = Attention(shard.kv_heads.size, size, parts.backend)
         self._head_dim = size
+        self._num_heads = (shard.q_heads.size, shard.kv_heads.size)
 
     def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         """`hidden` `[T, H]` to `[T, H]`."""
-        query, key, value = (
-            part.view(len(hidden), -1, self._head_dim)
-            for part in split_columns(self.qkv_proj(hidden), self.qkv_proj.output_sizes)
-        )
+        heads = self.qkv_proj(hidden).view(len(hidden), -1, self._head_dim)
+        num_q, num_kv = self._num_heads
+        rotated, value = torch.split(heads, [num_q + num_kv, num_kv], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rotary(query, *rotation), apply_rotary(key, *rotation)
+            query, key = torch.split(rotated, [num_q, num_kv], dim=1)
+            rotated = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
+        query, key = torch.split(apply_rotary(rotated, *rotation), [num_q, num_kv], dim=1)
         attended: Tensor = self.attn(query, key, value)
         result: Tensor = self.o_proj(attended.flatten(1))
         return result
