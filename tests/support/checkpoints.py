@@ -67,14 +67,14 @@ def save_tiny(folder: Path, tiny: TinyModel, shard_size: str = "5GB") -> PreTrai
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     """Return transformers' logits `[T, V]` of one sequence."""
-    logits: torch.Tensor = model(torch.tensor([token_ids])).logits[0]
+    logits: torch.Tensor = model(torch.tensor([token_ids], device=model.device)).logits[0]
     return logits
 
 
 @torch.no_grad()
 def reference_tokens(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     """Return `count` greedy tokens of transformers' `generate`, end-of-sequence tokens ignored."""
-    prompt_ids = torch.tensor([prompt])
+    prompt_ids = torch.tensor([prompt], device=model.device)
     result = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),

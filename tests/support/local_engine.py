@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,20 +25,25 @@ from tprt.worker.model_runner import ModelRunner
 def make_config(
     folder: Path | str,
     world_size: int = 1,
-    num_blocks: int = 64,
+    num_blocks: int | None = 64,
     block_size: int = 4,
     max_num_batched_tokens: int = 64,
     enable_prefix_caching: bool = True,
+    device: Literal["cpu", "cuda"] = "cpu",
+    memory_fraction: float = 0.9,
 ) -> Config:
-    """Return the settings of a small float32 deployment on CPU ranks."""
+    """Return the settings of a small float32 deployment."""
     return Config(
         model=ModelConfig(path=str(folder), dtype="float32"),
         parallel=ParallelConfig(tensor_parallel_size=world_size),
         cache=CacheConfig(
-            block_size=block_size, num_blocks=num_blocks, enable_prefix_caching=enable_prefix_caching
+            block_size=block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=enable_prefix_caching,
+            memory_fraction=memory_fraction,
         ),
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens),
-        runtime=RuntimeConfig(device="cpu", num_threads=1),
+        runtime=RuntimeConfig(device=device, num_threads=1),
     )
 
 
@@ -47,8 +53,10 @@ class LocalEngine:
     def __init__(self, config: Config) -> None:
         checkpoint = read_checkpoint_config(config.model.path)
         world_size = config.parallel.tensor_parallel_size
-        cpu = torch.device("cpu")
-        self.runners = [ModelRunner(config, checkpoint, group, cpu) for group in make_local_groups(world_size)]
+        device = torch.device(config.runtime.device)
+        self.runners = [
+            ModelRunner(config, checkpoint, group, device) for group in make_local_groups(world_size)
+        ]
         self._shards: list[list[Tensor]] = [[] for _ in self.runners]
         for rank, runner in enumerate(self.runners):
             runner.load()

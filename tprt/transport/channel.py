@@ -1,4 +1,4 @@
-"""What every transport offers, whatever carries the bytes: protocols only.
+"""What every transport offers, whatever carries the bytes: protocols, and the one record that they share.
 
 A message is opaque bytes here; `tprt.transport.codec` turns it into a type of `tprt.messages`. Every wait
 takes a deadline in seconds. Knows nothing of sockets or shared memory.
@@ -7,6 +7,7 @@ takes a deadline in seconds. Knows nothing of sockets or shared memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
@@ -43,21 +44,26 @@ class Reader(Protocol):
         """Return the next message if it is there."""
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when a message may be there; `try_receive` decides."""
+        """A descriptor that becomes readable when a message may be there; `try_receive` decides.
+
+        Wait on it only after `try_receive` has returned None.
+        """
 
     def close(self) -> None:
         """Release everything; idempotent."""
 
 
-class ControlEvent(Protocol):
-    """What `WorkerHub.receive_control` returns: a rank's message, or the loss of that rank."""
+@dataclass(frozen=True, slots=True)
+class ControlEvent:
+    """What a rank's control lane brought.
 
-    @property
-    def rank(self) -> int: ...
+    Attributes:
+        rank: whose lane.
+        payload: the message, or None when the rank's end of the lane was closed: the process is gone.
+    """
 
-    @property
-    def payload(self) -> bytes | None:
-        """The message, or None when the rank's end of the lane was closed: the process is gone."""
+    rank: int
+    payload: bytes | None
 
 
 class WorkerHub(Protocol):
@@ -72,16 +78,22 @@ class WorkerHub(Protocol):
 
         Raises:
             TransportTimeoutError: names the ranks that are missing.
+            PeerLostError: a rank that had connected is gone; `receive_control` has what it said before.
         """
 
     def receive_output(self, timeout_s: float) -> bytes | ControlEvent:
-        """Wait for rank 0's next output; a control event of any rank comes first when there is one."""
+        """Wait for rank 0's next output; a control event of any rank comes first when there is one.
+
+        Raises:
+            TransportTimeoutError: neither came in time; names the ranks that have not read all steps.
+            SequenceGapError: an output was lost.
+        """
 
     def receive_control(self, timeout_s: float) -> ControlEvent | None:
         """Return the next control event, or None when there is none in time (0: do not wait)."""
 
     def filenos(self) -> list[int]:
-        """Descriptors of the control lanes, for a poller."""
+        """Descriptors for a poller; one becomes readable when `receive_control` has something to do."""
 
     def close(self) -> None:
         """Release everything; idempotent. Ranks see it as the loss of the coordinator."""
@@ -98,7 +110,12 @@ class WorkerLink(Protocol):
         """Rank 0 only; None elsewhere."""
 
     def send_control(self, payload: Buffer, timeout_s: float) -> None:
-        """Send a message on this rank's control lane."""
+        """Send a message on this rank's control lane; any thread may.
+
+        Raises:
+            TransportTimeoutError: the coordinator does not read.
+            PeerLostError: it is gone.
+        """
 
     def close(self) -> None:
         """Release everything; idempotent."""

@@ -1,7 +1,7 @@
 """Messages to bytes and back: a msgpack header, then every array as it lies in memory. No pickle.
 
     preamble   16 bytes: magic, format version, bytes of the header, bytes of the columns
-    header     msgpack [type tag, dtypes of the columns, scalars, lengths of the columns], padded to 8 bytes
+    header     msgpack [name of the type, dtypes of columns, scalars, lengths of columns], padded to 8 bytes
     columns    raw little-endian elements, each column padded to 8 bytes
 
 What goes in and what comes out is checked against the types of `tprt.messages`, so that data from elsewhere
@@ -28,10 +28,9 @@ _MAGIC = b"TPRT"
 _PREAMBLE = struct.Struct("<4sIII")
 _ALIGNMENT = 8
 _PADDING = [b"\0" * n for n in range(_ALIGNMENT)]
-# The tag is the place in `Message`: two builds that differ there differ in FORMAT_VERSION.
-_PLANS = [FieldPlan(kind, tag) for tag, kind in enumerate(get_args(Message))]
-_PLAN_OF_TYPE = {plan.kind: plan for plan in _PLANS}
-_SAMPLING = FieldPlan(SamplingParams, tag=-1)
+_PLAN_OF_TYPE = {kind: FieldPlan(kind) for kind in get_args(Message)}
+_PLAN_OF_TAG = {plan.name: plan for plan in _PLAN_OF_TYPE.values()}
+_SAMPLING = FieldPlan(SamplingParams)
 # Lone surrogates (undecodable file names in a traceback) must not keep an error report from being sent.
 _UNICODE_ERRORS = "surrogatepass"
 
@@ -64,7 +63,7 @@ def encode(message: Message) -> list[Buffer]:
         _shorten(value) if type(value) is str and len(value) > MAX_TEXT_CHARS else value
         for value in plan.scalars_of(message)
     ]
-    header = _pack(plan, [plan.tag, plan.signature, scalars, lengths])
+    header = _pack(plan, [plan.name, plan.signature, scalars, lengths])
     padded = header + _PADDING[-len(header) % _ALIGNMENT]
     parts[0] = _PREAMBLE.pack(_MAGIC, FORMAT_VERSION, len(header), body_bytes) + padded
     return parts
@@ -129,9 +128,9 @@ def _read_header(header: bytes | memoryview) -> tuple[FieldPlan, object, tuple[i
     if type(content) is not tuple or len(content) != 4:
         raise TransportError(f"a message with the header {_excerpt(content)}; expected an array of 4")
     tag, signature, scalars, lengths = content
-    if type(tag) is not int or not 0 <= tag < len(_PLANS):
-        raise TransportError(f"a message with type tag {_excerpt(tag)}; known are 0 to {len(_PLANS) - 1}")
-    plan = _PLANS[tag]
+    plan = _PLAN_OF_TAG.get(tag) if type(tag) is str else None
+    if plan is None:
+        raise TransportError(f"a message of type {_excerpt(tag)}; expected one of {', '.join(_PLAN_OF_TAG)}")
     if signature != plan.signature:
         raise TransportError(
             f"{plan.name} with columns of dtypes {_excerpt(signature)}; expected {plan.signature!r}"

@@ -14,10 +14,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from tprt.errors import TransportError
-from tprt.messages import SamplingParams
+from tprt.messages import Float32Array, Int32Array, Int64Array, SamplingParams, UInt8Array
 
 Check = Callable[[object], bool]
 Getter = Callable[[object], tuple[Any, ...]]
+_COLUMNS = ((Int32Array, "<i4"), (Int64Array, "<i8"), (Float32Array, "<f4"), (UInt8Array, "u1"))
 
 
 class FieldPlan:
@@ -25,8 +26,7 @@ class FieldPlan:
 
     Attributes:
         kind: the type.
-        name: its name, for errors.
-        tag: its number on the wire.
+        name: its name, which is also its tag on the wire.
         signature: the dtypes of its columns in one string, such as `i4,f4`.
         column_names, dtypes: its array fields, in order; little-endian.
         scalar_names: the other fields, in order.
@@ -34,13 +34,12 @@ class FieldPlan:
         columns_of, scalars_of: read those fields of a message.
     """
 
-    def __init__(self, kind: type[Any], tag: int) -> None:
+    def __init__(self, kind: type[Any]) -> None:
         hints = get_type_hints(kind)
         names = [field.name for field in fields(kind)]
         dtypes = {name: dtype for name in names if (dtype := _dtype_of(hints[name])) is not None}
         self.kind = kind
         self.name = kind.__name__
-        self.tag = tag
         self.column_names = tuple(dtypes)
         self.dtypes = tuple(dtypes.values())
         self.signature = ",".join(dtype.str[1:] for dtype in self.dtypes)
@@ -80,12 +79,11 @@ def _getter(names: Sequence[str]) -> Getter:
 
 
 def _dtype_of(hint: object) -> np.dtype[Any] | None:
-    """Return the dtype of an `NDArray[...]` annotation, None for anything else."""
-    if get_origin(hint) is not np.ndarray:
-        return None
-    (scalar,) = get_args(get_args(hint)[1])
-    dtype: np.dtype[Any] = np.dtype(scalar).newbyteorder("<")
-    return dtype
+    """Return the little-endian dtype of a column's annotation, None for anything else.
+
+    The annotations are compared, not taken apart: what is inside an `NDArray` differs between numpy versions.
+    """
+    return next((np.dtype(dtype) for annotation, dtype in _COLUMNS if hint == annotation), None)
 
 
 def _check_of(hint: object) -> Check:

@@ -1,225 +1,225 @@
 """The coordinator's end of all lanes to the ranks of one epoch on this host.
 
-Knows nothing of what messages mean and of who starts the ranks.
+A ring takes steps to all ranks, another one brings outputs from rank 0, and each rank has a control lane whose
+end is the end of its process. Knows nothing of what messages mean and of who starts the ranks.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
 import socket
 import time
-from dataclasses import dataclass
 
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
 from tprt.log import get_logger
 from tprt.transport.channel import ControlEvent, Writer
-from tprt.transport.handshake import (
-    MAX_CONTROL_BYTES,
-    Welcome,
-    WorkerHello,
-    receive_hello,
-    refuse,
-    send_welcome,
-)
-from tprt.transport.shm_ring import RingFds, RingGeometry, RingReader, RingWriter
-from tprt.transport.zmq_overflow import OverflowReceiver, OverflowSender
+from tprt.transport.control_lane import ControlReceiver
+from tprt.transport.handshake import Welcome, WorkerHello, check_path, welcome
+from tprt.transport.large_message import LargeMessageReceiver, LargeMessageSender
+from tprt.transport.ring_reader import RingReader
+from tprt.transport.ring_writer import RingWriter
+from tprt.transport.shm_ring import RingFds, RingGeometry
+from tprt.transport.worker_listener import WorkerListener
+from tprt.transport.zmq_socket import remove_socket_file
 
 _LOG = get_logger(__name__)
-_SPIN_S = 40e-6
+
+DEFAULT_STEPS = RingGeometry()
+DEFAULT_OUTPUTS = RingGeometry(slot_bytes=64 * 1024)
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
-    """A rank's control message, or, with payload None, the loss of that rank."""
+class _Lane:
+    """The hub's end of one rank's control lane."""
 
-    rank: int
-    payload: bytes | None
+    def __init__(self, hello: WorkerHello, connection: socket.socket) -> None:
+        self.rank = hello.rank
+        self.pid = hello.pid
+        self.connection = connection
+        self.receiver = ControlReceiver(connection)
 
 
 class ShmWorkerHub:
-    """Rings to and from the ranks, and a control lane for each."""
+    """Lanes to and from the ranks of one epoch, over shared memory; used by one thread."""
 
-    def __init__(self, listener: socket.socket, path: str, epoch: int, world_size: int) -> None:
+    def __init__(
+        self, listener: WorkerListener, path: str, world_size: int, steps: RingGeometry, outputs: RingGeometry
+    ) -> None:
         self._listener = listener
-        self._path = path
-        self._epoch = epoch
         self._world_size = world_size
-        self._lanes: dict[int, socket.socket] = {}
-        self._rank_of: dict[int, int] = {}
-        self._lost: set[int] = set()
-        self._poller = select.poll()
-        self._geometry = RingGeometry()
-        self._steps_fds = RingFds.create(self._geometry, world_size)
-        self._outputs_fds = RingFds.create(self._geometry, 1)
-        self._steps = RingWriter(
-            self._steps_fds, self._geometry, world_size, OverflowSender(self._step_overflows())
-        )
-        self._outputs = RingReader(
-            self._outputs_fds, self._geometry, (0, 1), OverflowReceiver(self._output_overflow())
-        )
+        self._large_steps = [f"ipc://{path}.s{rank}" for rank in range(world_size)]
+        self._large_outputs = f"ipc://{path}.out"
+        self._steps_fds = RingFds.create(steps, world_size)
+        self._outputs_fds = RingFds.create(outputs, 1)
+        names = [f"rank {rank}" for rank in range(world_size)]
+        self._steps = RingWriter(self._steps_fds, names, LargeMessageSender(self._large_steps))
+        self._outputs = RingReader(self._outputs_fds, 0, "rank 0", LargeMessageReceiver(self._large_outputs))
+        self._lanes: dict[int, _Lane] = {}
+        self._control = select.epoll()
+        self._control_poll = select.poll()
+        self._all_poll = select.poll()
+        for fd in self.filenos():
+            self._control_poll.register(fd, select.POLLIN)
+            self._all_poll.register(fd, select.POLLIN)
+        self._all_poll.register(self._outputs.fileno(), select.POLLIN)
         self._is_open = True
 
     @classmethod
-    def listen(cls, path: str, *, epoch: int, world_size: int) -> ShmWorkerHub:
-        """Listen for ranks on the unix socket `path`, which must not exist.
+    def listen(
+        cls,
+        path: str,
+        *,
+        epoch: int,
+        world_size: int,
+        geometry: RingGeometry = DEFAULT_STEPS,
+        outputs_geometry: RingGeometry = DEFAULT_OUTPUTS,
+    ) -> ShmWorkerHub:
+        """Listen for ranks on the unix socket `path`, in a folder that is private to this deployment.
+
+        Large messages use sockets beside it, whose names begin with that of `path`.
+
+        Args:
+            path: the socket.
+            epoch: number of the worker group; ranks of another one are refused.
+            world_size: number of ranks.
+            geometry: size of the ring for steps.
+            outputs_geometry: size of the ring for outputs.
 
         Raises:
             TransportError: the path cannot be used.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        check_path(f"{path}.s{world_size - 1}")
+        check_path(f"{path}.out")
+        listener = WorkerListener(path, epoch, world_size)
         try:
-            listener.bind(path)
-        except OSError as error:
+            return cls(listener, path, world_size, geometry, outputs_geometry)
+        except TransportError:
             listener.close()
-            raise TransportError(f"cannot listen on {path}: {error}") from error
-        listener.listen(world_size)
-        return cls(listener, path, epoch, world_size)
+            raise
 
     @property
     def steps(self) -> Writer:
         """The lane to every rank."""
         return self._steps
 
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids of the ranks that have connected, by rank, as the kernel tells them."""
+        return {lane.rank: lane.pid for lane in self._lanes.values()}
+
     def accept_all(self, timeout_s: float) -> None:
         """Wait until every rank has connected.
 
+        Ranks are also let in while one of the `receive` methods runs; this is the wait for all of them.
+
         Raises:
             TransportTimeoutError: names the ranks that are missing.
-            PeerLostError: a rank that had connected is gone.
+            PeerLostError: a rank that had connected is gone; `receive_control` has what it said before.
         """
         deadline_s = time.monotonic() + timeout_s
-        waiting: dict[int, socket.socket] = {}
-        poller = select.poll()
-        poller.register(self._listener, select.POLLIN)
-        try:
-            while len(self._lanes) < self._world_size:
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
-                    missing = sorted(set(range(self._world_size)) - self._lanes.keys())
-                    raise TransportTimeoutError(f"ranks {missing} have not connected within {timeout_s:g} s")
-                for fd, _ in poller.poll(left_s * 1000):
-                    if fd == self._listener.fileno():
-                        connection, _ = self._listener.accept()
-                        waiting[connection.fileno()] = connection
-                        poller.register(connection, select.POLLIN)
-                    elif fd in waiting:
-                        poller.unregister(fd)
-                        self._greet(waiting.pop(fd))
-                        poller = self._with_lanes(poller)
-                    else:
-                        self._raise_if_lost(fd)
-        finally:
-            for connection in waiting.values():
-                connection.close()
-        self._steps.watch_readers(self.filenos(), self._raise_if_any_lost)
+        while missing := self._listener.missing:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TransportTimeoutError(
+                    f"of {self._world_size} ranks, {missing} have not connected after {timeout_s:g} s"
+                )
+            # Hang-ups alone: what a rank says meanwhile stays in its lane.
+            poll = select.poll()
+            poll.register(self._listener, select.POLLIN)
+            for fd in self._lanes:
+                poll.register(fd, 0)
+            for fd, _ in poll.poll(left_s * 1000):
+                if fd in self._lanes:
+                    raise PeerLostError(
+                        f"{self._name(self._lanes[fd])} went away before {missing} had connected"
+                    )
+                self._let_in()
 
     def receive_output(self, timeout_s: float) -> bytes | ControlEvent:
         """Wait for rank 0's next output; a control event of any rank comes first when there is one.
 
         Raises:
-            TransportTimeoutError: nothing came in time.
+            TransportTimeoutError: neither came in time; names the ranks that have not read all steps.
+            SequenceGapError: an output was lost.
+            PeerLostError: rank 0 went away in the middle of a large output.
         """
         deadline_s = time.monotonic() + timeout_s
-        output = self._outputs.spin(min(_SPIN_S, timeout_s))
-        while output is None:
+        if timeout_s > 0:
+            self._outputs.spin()
+        while True:
+            if (event := self.receive_control(0.0)) is not None:
+                return event
+            if (output := self._outputs.try_receive()) is not None:
+                return output
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s")
-            if self._outputs.sleep(left_s) and (event := self.receive_control(0.0)) is not None:
-                return event
-            output = self._outputs.try_receive()
-        return output
+                behind = self._steps.describe_behind() or "all ranks have read every step"
+                raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s; {behind}")
+            self._all_poll.poll(left_s * 1000)
 
     def receive_control(self, timeout_s: float) -> ControlEvent | None:
         """Return the next control event, or None when there is none in time (0: do not wait)."""
-        for fd, _ in self._poller.poll(timeout_s * 1000):
-            rank = self._rank_of[fd]
-            payload = _receive(self._lanes[rank])
-            if not payload:
-                self._forget(rank, fd)
-            return Control(rank, payload or None)
-        return None
+        deadline_s = time.monotonic() + timeout_s
+        left_s = timeout_s
+        while True:
+            ready = {fd for fd, _ in self._control_poll.poll(max(left_s, 0.0) * 1000)}
+            if self._listener.fileno() in ready:
+                self._let_in()
+            if self._control.fileno() in ready and (event := self._next_event()) is not None:
+                return event
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return None
 
     def filenos(self) -> list[int]:
-        """Descriptors of the control lanes, for a poller."""
-        return [lane.fileno() for rank, lane in self._lanes.items() if rank not in self._lost]
+        """Descriptors for a poller; one becomes readable when `receive_control` has something to do."""
+        return [self._control.fileno(), self._listener.fileno()]
 
     def close(self) -> None:
         """Release everything; idempotent. Ranks see it as the loss of the coordinator."""
         if not self._is_open:
             return
         self._is_open = False
-        for connection in (self._listener, *self._lanes.values()):
-            connection.close()
+        self._listener.close()
+        for lane in self._lanes.values():
+            lane.connection.close()
+        self._control.close()
         self._steps.close()
         self._outputs.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        self._steps_fds.close()
+        self._outputs_fds.close()
+        # A rank that was killed has left its socket.
+        for address in self._large_steps:
+            remove_socket_file(address)
 
-    def _greet(self, connection: socket.socket) -> None:
-        """Give a rank its lanes, or refuse whoever it is."""
-        try:
-            hello = receive_hello(connection)
-            self._check(hello)
-        except (TransportError, OSError) as error:
-            _LOG.warning("refused a connection: %s", error)
-            refuse(connection, str(error))
-            return
-        steps, outputs = self._steps_fds, self._outputs_fds
-        fds = [steps.memory, steps.readers[hello.rank], steps.writer]
-        if hello.rank == 0:
-            fds += [outputs.memory, *outputs.readers, outputs.writer]
-        welcome = Welcome(
-            num_slots=self._geometry.num_slots,
-            slot_bytes=self._geometry.slot_bytes,
-            world_size=self._world_size,
-            steps_overflow=self._step_overflows()[hello.rank],
-            outputs_overflow=self._output_overflow(),
-        )
-        send_welcome(connection, welcome, fds)
-        self._lanes[hello.rank] = connection
-        self._rank_of[connection.fileno()] = hello.rank
-        self._poller.register(connection, select.POLLIN)
-        self._outputs.watch_writer(connection.fileno(), lambda: None)
+    def _let_in(self) -> None:
+        for hello, connection in self._listener.admit():
+            fds = self._steps_fds.of_reader(hello.rank).to_list()
+            if hello.rank == 0:
+                fds += self._outputs_fds.to_list()
+            try:
+                welcome(connection, Welcome(self._large_steps[hello.rank], self._large_outputs), fds)
+            except OSError as error:
+                # Its lane reports the loss.
+                _LOG.warning("rank %d went away at once: %s", hello.rank, error.strerror)
+            self._lanes[connection.fileno()] = _Lane(hello, connection)
+            self._control.register(connection, select.EPOLLIN)
+            self._steps.watch(hello.rank, connection.fileno())
+            if hello.rank == 0:
+                self._outputs.watch(connection.fileno())
 
-    def _check(self, hello: WorkerHello) -> None:
-        if hello.epoch != self._epoch:
-            raise TransportError(f"rank {hello.rank} is of epoch {hello.epoch}; expected {self._epoch}")
-        if hello.rank not in range(self._world_size):
-            raise TransportError(f"rank {hello.rank} of world size {self._world_size}")
-        if hello.rank in self._lanes:
-            raise TransportError(f"rank {hello.rank} has connected already")
+    def _next_event(self) -> ControlEvent | None:
+        # One event at a time: what is left stays in the kernel, and the descriptors stay readable.
+        for fd, _ in self._control.poll(0):
+            lane = self._lanes[fd]
+            message = lane.receiver.try_receive()
+            if message is not None:
+                return ControlEvent(lane.rank, message)
+            if lane.receiver.is_lost:
+                self._control.unregister(fd)
+                self._steps.mark_lost(lane.rank)
+                return ControlEvent(lane.rank, None)
+        return None
 
-    def _with_lanes(self, poller: select.poll) -> select.poll:
-        """Also watch the ranks that have their lanes: one may go before the last has come."""
-        for lane in self._lanes.values():
-            poller.register(lane, select.POLLHUP)
-        return poller
-
-    def _raise_if_lost(self, fd: int) -> None:
-        raise PeerLostError(f"rank {self._rank_of[fd]} went away before all ranks had connected")
-
-    def _raise_if_any_lost(self) -> None:
-        """Say which rank has gone, or has something to say, while a step waits for room."""
-        for fd, _ in self._poller.poll(0):
-            raise PeerLostError(f"rank {self._rank_of[fd]} has reported or is gone, and does not read")
-
-    def _forget(self, rank: int, fd: int) -> None:
-        self._lost.add(rank)
-        self._poller.unregister(fd)
-        self._outputs.unwatch(fd)
-
-    def _step_overflows(self) -> list[str]:
-        return [f"ipc://{self._path}.s{rank}" for rank in range(self._world_size)]
-
-    def _output_overflow(self) -> str:
-        return f"ipc://{self._path}.out"
-
-
-def _receive(lane: socket.socket) -> bytes:
-    try:
-        return lane.recv(MAX_CONTROL_BYTES)
-    except ConnectionError:
-        return b""
+    @staticmethod
+    def _name(lane: _Lane) -> str:
+        return f"rank {lane.rank} (process {lane.pid})"

@@ -1,139 +1,176 @@
-"""The twin of hub and links inside one process, for tests: queues and descriptors instead of shared memory.
+"""The twin of hub and links inside one process, for tests: queues under one lock instead of shared memory.
 
-Waits, deadlines, order and the loss of either side are the same. Each end is used by one thread at a time.
-Knows nothing of sockets.
+Order, back-pressure, deadlines and the loss of either side are those of the real thing. Ends may be used by
+threads of their own or all by one thread. Knows nothing of sockets and shared memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tprt.errors import PeerLostError, TransportTimeoutError
-from tprt.transport.channel import Buffer, ControlEvent, Reader, Writer
+from tprt.transport.channel import Buffer, ControlEvent, Reader, WorkerHub, WorkerLink, Writer
+
+# Of the order of what a socket's buffer holds.
+_CONTROL_CAPACITY = 256
 
 
-class _Queue:
-    """A bounded queue of bytes whose readers can wait on a descriptor; closing either side wakes the other."""
+class _Bell:
+    """A descriptor that is readable after `ring` until `hush`; used under the group's lock."""
 
-    def __init__(self, capacity: int) -> None:
-        self._items: deque[bytes] = deque()
-        self._capacity = capacity
-        self._changed = threading.Condition()
-        self._closed = False
-        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def put(self, payload: bytes, timeout_s: float, peer: str) -> None:
-        with self._changed:
-            has_room = self._changed.wait_for(
-                lambda: self._closed or len(self._items) < self._capacity, timeout_s
-            )
-            if self._closed:
-                raise PeerLostError(f"{peer} is gone")
-            if not has_room:
-                raise TransportTimeoutError(f"{peer} has made no room for {timeout_s:g} s")
-            self._items.append(payload)
-            os.eventfd_write(self.eventfd, 1)
+    def ring(self) -> None:
+        if self.fd >= 0:
+            os.eventfd_write(self.fd, 1)
 
-    def take(self) -> bytes | None:
-        with self._changed:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self.eventfd)
-            if not self._items:
-                return None
-            payload = self._items.popleft()
-            if self._items or self._closed:
-                os.eventfd_write(self.eventfd, 1)
-            self._changed.notify_all()
-            return payload
+    def hush(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
 
-    @property
-    def is_over(self) -> bool:
-        """Nothing is left and nothing more comes."""
-        with self._changed:
-            return self._closed and not self._items
-
-    def end(self) -> None:
-        with self._changed:
-            self._closed = True
-            os.eventfd_write(self.eventfd, 1)
-            self._changed.notify_all()
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
     def __del__(self) -> None:
-        os.close(self.eventfd)
+        # A test may make links that it never uses, and so never closes.
+        self.close()
+
+
+class _Lane:
+    """One writer, N readers. Everything in it is used under `changed`, the lock of the whole group."""
+
+    def __init__(
+        self, changed: threading.Condition, writer: str, readers: Sequence[str], capacity: int
+    ) -> None:
+        self.changed = changed
+        self.writer = writer
+        self.readers = readers
+        self.capacity = capacity
+        self.num_sent = 0
+        self.writer_is_gone = False
+        self.gone_readers: set[int] = set()
+        self.unread: list[deque[bytes]] = [deque() for _ in readers]
+        self.bells = [_Bell() for _ in readers]
+
+    def behind(self, num_unread: int) -> str:
+        """Say which readers have at least so many unread messages."""
+        return "; ".join(
+            f"{name} has read up to message {self.num_sent - len(unread)} of {self.num_sent}"
+            for name, unread in zip(self.readers, self.unread, strict=True)
+            if len(unread) >= num_unread
+        )
+
+    def wake_readers(self) -> None:
+        for bell in self.bells:
+            bell.ring()
+        self.changed.notify_all()
 
 
 class InprocWriter:
-    """Sends to one queue for each reader."""
+    """The one sender of a lane."""
 
-    def __init__(self, queues: Sequence[_Queue], peer: str) -> None:
-        self._queues = queues
-        self._peer = peer
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
 
     def send(self, parts: Sequence[Buffer], timeout_s: float) -> None:
-        """Send the concatenation of `parts` to every reader."""
-        payload = b"".join(parts)
-        deadline_s = time.monotonic() + timeout_s
-        for reader, queue in enumerate(self._queues):
-            queue.put(payload, max(0.0, deadline_s - time.monotonic()), f"{self._peer} {reader}")
+        """Send the concatenation of `parts`; nothing is sent when this raises.
+
+        Raises:
+            TransportTimeoutError: readers did not make room in time; names them.
+            PeerLostError: a reader is gone.
+        """
+        lane, message = self._lane, b"".join(parts)
+        with lane.changed:
+            has_room = lane.changed.wait_for(
+                lambda: lane.gone_readers or all(len(unread) < lane.capacity for unread in lane.unread),
+                timeout_s,
+            )
+            if lane.gone_readers:
+                raise PeerLostError(f"{lane.readers[min(lane.gone_readers)]} is gone")
+            if not has_room:
+                raise TransportTimeoutError(
+                    f"no room for message {lane.num_sent + 1} after {timeout_s:g} s, in a lane of"
+                    f" {lane.capacity}: {lane.behind(lane.capacity)}"
+                )
+            lane.num_sent += 1
+            for unread in lane.unread:
+                unread.append(message)
+            lane.wake_readers()
 
     def close(self) -> None:
         """End the lane; readers still get what was sent."""
-        for queue in self._queues:
-            queue.end()
+        with self._lane.changed:
+            self._lane.writer_is_gone = True
+            self._lane.wake_readers()
 
 
 class InprocReader:
-    """Receives from one queue."""
+    """One receiving end of a lane."""
 
-    def __init__(self, queue: _Queue) -> None:
-        self._queue = queue
+    def __init__(self, lane: _Lane, reader: int) -> None:
+        self._lane = lane
+        self._reader = reader
+        self._unread = lane.unread[reader]
 
     def receive(self, timeout_s: float) -> bytes:
-        """Wait for the next message."""
-        deadline_s = time.monotonic() + timeout_s
-        while (payload := self.try_receive()) is None:
-            if self._queue.is_over:
-                raise PeerLostError("the other side is gone")
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TransportTimeoutError(f"no message for {timeout_s:g} s")
-            select.select([self._queue.eventfd], [], [], left_s)
-        return payload
+        """Wait for the next message and return it.
+
+        Raises:
+            TransportTimeoutError: nothing came in time.
+            PeerLostError: the writer is gone and nothing is left to read.
+        """
+        lane = self._lane
+        with lane.changed:
+            lane.changed.wait_for(lambda: self._unread or lane.writer_is_gone, timeout_s)
+            message = self.try_receive()
+            if message is None and lane.writer_is_gone:
+                raise PeerLostError(f"{lane.writer} is gone; the last message read was {lane.num_sent}")
+            if message is None:
+                raise TransportTimeoutError(
+                    f"{lane.writer} has sent nothing for {timeout_s:g} s; waiting for message"
+                    f" {lane.num_sent + 1}"
+                )
+            return message
 
     def try_receive(self) -> bytes | None:
         """Return the next message if it is there."""
-        return self._queue.take()
+        with self._lane.changed:
+            if not self._unread:
+                self._lane.bells[self._reader].hush()
+                return None
+            self._lane.changed.notify_all()
+            return self._unread.popleft()
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when a message may be there."""
-        return self._queue.eventfd
+        """A descriptor that becomes readable when a message may be there; `try_receive` decides."""
+        return self._lane.bells[self._reader].fd
 
     def close(self) -> None:
-        """End the lane; the writer sees it."""
-        self._queue.end()
-
-
-@dataclass(frozen=True, slots=True)
-class _Control:
-    rank: int
-    payload: bytes | None
+        """Leave the lane: the writer sees it; idempotent."""
+        with self._lane.changed:
+            self._lane.gone_readers.add(self._reader)
+            self._lane.bells[self._reader].close()
+            self._lane.changed.notify_all()
 
 
 class InprocWorkerHub:
     """The coordinator's end."""
 
-    def __init__(self, steps: Sequence[_Queue], outputs: _Queue, controls: Sequence[_Queue]) -> None:
-        self._steps = InprocWriter(steps, "rank")
-        self._outputs = InprocReader(outputs)
-        self._controls = controls
-        self._lost: set[int] = set()
+    def __init__(self, steps: _Lane, outputs: _Lane, controls: Sequence[_Lane]) -> None:
+        self._changed = steps.changed
+        self._steps_lane = steps
+        self._steps = InprocWriter(steps)
+        self._outputs = InprocReader(outputs, 0)
+        self._controls = list(enumerate(controls))
+        self._control_readers = [InprocReader(lane, 0) for lane in controls]
 
     @property
     def steps(self) -> Writer:
@@ -141,52 +178,65 @@ class InprocWorkerHub:
         return self._steps
 
     def accept_all(self, timeout_s: float) -> None:
-        """Return: links are connected from the start."""
+        """Return at once: links are connected from the start."""
 
     def receive_output(self, timeout_s: float) -> bytes | ControlEvent:
-        """Wait for rank 0's next output; a control event of any rank comes first when there is one."""
+        """Wait for rank 0's next output; a control event of any rank comes first when there is one.
+
+        Raises:
+            TransportTimeoutError: neither came in time; names the ranks that have not read all steps.
+        """
         deadline_s = time.monotonic() + timeout_s
-        while True:
-            if (event := self.receive_control(0.0)) is not None:
-                return event
-            if (output := self._outputs.try_receive()) is not None:
-                return output
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s")
-            select.select([*self.filenos(), self._outputs.fileno()], [], [], left_s)
+        with self._changed:
+            while True:
+                if (event := self._next_event()) is not None:
+                    return event
+                if (output := self._outputs.try_receive()) is not None:
+                    return output
+                if not self._changed.wait(max(0.0, deadline_s - time.monotonic())):
+                    behind = self._steps_lane.behind(1) or "all ranks have read every step"
+                    raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s; {behind}")
 
     def receive_control(self, timeout_s: float) -> ControlEvent | None:
         """Return the next control event, or None when there is none in time (0: do not wait)."""
-        select.select(self.filenos(), [], [], timeout_s)
-        for rank, queue in enumerate(self._controls):
-            if rank in self._lost:
-                continue
-            if (payload := queue.take()) is not None:
-                return _Control(rank, payload)
-            if queue.is_over:
-                self._lost.add(rank)
-                return _Control(rank, None)
-        return None
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while (event := self._next_event()) is None:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return None
+                self._changed.wait(left_s)
+            return event
 
     def filenos(self) -> list[int]:
-        """Descriptors of the control lanes, for a poller."""
-        return [queue.eventfd for rank, queue in enumerate(self._controls) if rank not in self._lost]
+        """Descriptors for a poller; one becomes readable when `receive_control` has something to do."""
+        return [reader.fileno() for reader in self._control_readers]
 
     def close(self) -> None:
-        """End all lanes; idempotent. Ranks see it as the loss of the coordinator."""
+        """Release everything; idempotent. Ranks see it as the loss of the coordinator."""
         self._steps.close()
-        for queue in self._controls:
-            queue.end()
+        for reader in (self._outputs, *self._control_readers):
+            reader.close()
+
+    def _next_event(self) -> ControlEvent | None:
+        for rank, lane in self._controls:
+            payload = self._control_readers[rank].try_receive()
+            if payload is None and lane.writer_is_gone:
+                # The loss is told once; the rank's descriptor stays silent from now on.
+                self._controls.remove((rank, lane))
+                return ControlEvent(rank, None)
+            if payload is not None:
+                return ControlEvent(rank, payload)
+        return None
 
 
 class InprocWorkerLink:
     """One rank's end."""
 
-    def __init__(self, steps: _Queue, outputs: _Queue | None, control: _Queue) -> None:
-        self._steps = InprocReader(steps)
-        self._outputs = None if outputs is None else InprocWriter([outputs], "coordinator")
-        self._control = control
+    def __init__(self, rank: int, steps: _Lane, outputs: _Lane, control: _Lane) -> None:
+        self._steps = InprocReader(steps, rank)
+        self._outputs = InprocWriter(outputs) if rank == 0 else None
+        self._control = InprocWriter(control)
 
     @property
     def steps(self) -> Reader:
@@ -199,24 +249,29 @@ class InprocWorkerLink:
         return self._outputs
 
     def send_control(self, payload: Buffer, timeout_s: float) -> None:
-        """Send a message on this rank's control lane."""
-        self._control.put(bytes(payload), timeout_s, "the coordinator")
+        """Send a message on this rank's control lane; any thread may.
+
+        Raises:
+            TransportTimeoutError: the coordinator does not read.
+            PeerLostError: it is gone.
+        """
+        self._control.send([payload], timeout_s)
 
     def close(self) -> None:
-        """End all lanes; idempotent. The coordinator sees it as the loss of this rank."""
-        self._control.end()
+        """Release everything; idempotent. The coordinator sees it as the loss of this rank."""
         self._steps.close()
-        if self._outputs is not None:
-            self._outputs.close()
+        for writer in (self._outputs, self._control):
+            if writer is not None:
+                writer.close()
 
 
-def make_inproc_group(world_size: int, capacity: int = 8) -> tuple[InprocWorkerHub, list[InprocWorkerLink]]:
-    """Return a hub and its links; a lane holds `capacity` messages before its writer waits."""
-    steps = [_Queue(capacity) for _ in range(world_size)]
-    controls = [_Queue(capacity) for _ in range(world_size)]
-    outputs = _Queue(capacity)
-    links = [
-        InprocWorkerLink(steps[rank], outputs if rank == 0 else None, controls[rank])
-        for rank in range(world_size)
-    ]
-    return InprocWorkerHub(steps, outputs, controls), links
+def make_inproc_group(world_size: int, capacity: int = 8) -> tuple[WorkerHub, list[WorkerLink]]:
+    """Return a hub and its links, connected; a lane holds `capacity` messages before its writer waits."""
+    # Reentrant, so that a reader may be asked while the group is locked.
+    changed = threading.Condition(threading.RLock())
+    names = [f"rank {rank}" for rank in range(world_size)]
+    steps = _Lane(changed, "the coordinator", names, capacity)
+    outputs = _Lane(changed, "rank 0", ["the coordinator"], capacity)
+    controls = [_Lane(changed, name, ["the coordinator"], _CONTROL_CAPACITY) for name in names]
+    hub = InprocWorkerHub(steps, outputs, controls)
+    return hub, [InprocWorkerLink(rank, steps, outputs, controls[rank]) for rank in range(world_size)]

@@ -1,0 +1,24 @@
+"""Skips what this machine has no devices for."""
+
+from __future__ import annotations
+
+import pytest
+
+_DEVICES_NEEDED = {"gpu": 1, "multigpu": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanted = [
+        (item, need)
+        for item in items
+        for mark, need in _DEVICES_NEEDED.items()
+        if item.get_closest_marker(mark)
+    ]
+    if not wanted:
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    for item, need in wanted:
+        if found < need:
+            item.add_marker(pytest.mark.skip(reason=f"needs {need} CUDA devices, found {found}"))
