@@ -27,12 +27,13 @@ demo: $(STAMP) $(MODEL)/config.json
 test: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m pytest
 
-check: $(STAMP)
+check: $(STAMP) $(MODEL)/config.json
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python -m pytest tests/unit --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/tprt bench compare-hf configs/smollm2-135m-tp2-cpu.yaml --set parallel.tensor_parallel_size=1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,14 +16,14 @@ def main() -> None:
     folder, dtype, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     for line in sys.stdin:
         request = json.loads(line)
         prompts = torch.tensor(request["prompts"])
         new_tokens = request["new_tokens"]
         started_s = time.perf_counter()
         with torch.inference_mode():
-            model.generate(  # type: ignore[misc]
+            model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 do_sample=False,

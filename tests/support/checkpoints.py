@@ -10,6 +10,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 _CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -24,16 +33,20 @@ class TinyModel:
     layers: int = 2
     bias: bool = False
     tied: bool = False
+    stretched: bool = False
+    """Whether positions are stretched by the Llama 3.1 rule."""
 
     def __str__(self) -> str:
-        extras = f"{'-bias' if self.bias else ''}{'-tied' if self.tied else ''}"
+        extras = "".join(f"-{name}" for name in ("bias", "tied", "stretched") if getattr(self, name))
         return f"{self.architecture}-{self.heads}q{self.kv_heads}kv{extras}"
 
 
 def save_tiny(folder: Path, tiny: TinyModel, shard_size: str = "5GB") -> PreTrainedModel:
     """Write a random checkpoint of that shape into `folder`; return transformers' own model of it."""
     config_class, model_class = _CLASSES[tiny.architecture]
-    settings = {"mlp_bias": tiny.bias} if tiny.architecture == "llama" else {}
+    settings: dict[str, object] = {"mlp_bias": tiny.bias} if tiny.architecture == "llama" else {}
+    if tiny.stretched:
+        settings["rope_parameters"] = _LLAMA3_ROPE
     config = config_class(
         hidden_size=8 * tiny.heads,
         intermediate_size=tiny.intermediate_size,

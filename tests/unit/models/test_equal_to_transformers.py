@@ -20,7 +20,7 @@ SHAPES = [
     for (heads, kv_heads), (bias, tied) in zip(
         HEADS, [(False, False), (True, False), (False, True), (True, True), (False, False)], strict=True
     )
-]
+] + [TinyModel("llama", 8, 2, stretched=True)]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [42], [150, 3, 99, 120, 7], [5, 6, 7, 8, 9, 10, 11, 12, 77, 78]]
 NEW_TOKENS = 6
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)

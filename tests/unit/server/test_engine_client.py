@@ -1,0 +1,156 @@
+"""The client keeps its completions up to date with what the coordinator sends."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tprt.errors import EngineDeadError, InvalidRequestError
+from tprt.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineFailed,
+    EngineReady,
+    FinishReason,
+    Hello,
+    Message,
+    RequestFailed,
+    RequestOutput,
+    SamplingParams,
+    Shutdown,
+)
+from tprt.server.engine_client import EngineClient
+from tprt.transport.channel import Buffer
+from tprt.transport.codec import decode, encode
+
+
+class Lane:
+    """A lane with the coordinator's side in plain sight."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self.coming: deque[bytes] = deque()
+        self.closed = False
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        self.sent.append(decode(b"".join(parts)))
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        return self.coming.popleft() if self.coming else None
+
+    def close(self) -> None:
+        self.closed = True
+
+    def bring(self, message: Message) -> None:
+        self.coming.append(b"".join(encode(message)))
+
+
+def output(*rows: tuple[int, int, FinishReason], **columns: object) -> RequestOutput:
+    ids, tokens, reasons = zip(*rows, strict=True)
+    return RequestOutput(
+        request_ids=np.array(ids, np.int64),
+        token_ids=np.array(tokens, np.int32),
+        finish_reasons=np.array(reasons, np.uint8),
+        num_cached_tokens=np.full(len(ids), 16, np.int32),
+        **columns,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def lane() -> Lane:
+    return Lane()
+
+
+@pytest.fixture
+def client(lane: Lane) -> EngineClient:
+    return EngineClient(lane, tokenizer=None)
+
+
+GREEDY = SamplingParams(temperature=0.0)
+NONE, STOP, LENGTH = FinishReason.NONE, FinishReason.STOP, FinishReason.LENGTH
+
+
+def test_tokens_go_to_the_completion_they_belong_to(client: EngineClient, lane: Lane) -> None:
+    (first, one), (second, two) = client.add([1, 2], GREEDY), client.add([3], GREEDY)
+    lane.bring(output((second, 9, NONE), (first, 7, NONE)))
+    lane.bring(output((first, 8, STOP), (second, 5, LENGTH)))
+    client.poll(0.0)
+    assert (one.token_ids, one.finish_reason, one.num_cached_tokens) == ([7, 8], "stop", 16)
+    assert (two.token_ids, two.finish_reason) == ([9, 5], "length")
+    assert client.num_running == 0
+    added = [message for message in lane.sent if isinstance(message, AddRequest)]
+    assert [message.prompt_token_ids.tolist() for message in added] == [[1, 2], [3]]
+
+
+def test_logprobs_are_cut_to_what_each_request_asked_for(client: EngineClient, lane: Lane) -> None:
+    wants_one, one = client.add([1], SamplingParams(logprobs=1))
+    wants_none, none = client.add([1], GREEDY)
+    lane.bring(
+        output(
+            (wants_none, 4, NONE),
+            (wants_one, 5, NONE),
+            logprobs=np.array([-1, -2], np.float32),
+            top_token_ids=np.array([4, 6, 5, 7], np.int32),
+            top_logprobs=np.array([-1, -3, -2, -4], np.float32),
+            num_top=2,
+        )
+    )
+    client.poll(0.0)
+    assert none.logprobs == []
+    assert [(entry.token_id, entry.logprob, entry.top) for entry in one.logprobs] == [(5, -2.0, ((5, -2.0),))]
+
+
+def test_a_refused_request_ends_with_the_reason_and_leaves_the_others(client: EngineClient, lane: Lane) -> None:
+    (bad, refused), (_, running) = client.add([1], GREEDY), client.add([2], GREEDY)
+    lane.bring(RequestFailed(bad, "the prompt is too long"))
+    client.poll(0.0)
+    assert refused.finished
+    assert refused.error == "the prompt is too long"
+    assert not running.finished
+
+
+def test_an_aborted_request_ends_at_once_and_late_tokens_are_dropped(client: EngineClient, lane: Lane) -> None:
+    request_id, completion = client.add([1], GREEDY)
+    client.abort(request_id)
+    lane.bring(output((request_id, 7, NONE)))
+    client.poll(0.0)
+    client.abort(request_id)
+    assert completion.finish_reason == "abort"
+    assert completion.token_ids == []
+    assert [type(message) for message in lane.sent] == [AddRequest, AbortRequest]
+
+
+def test_the_greeting_is_returned_and_the_goodbye_is_sent(client: EngineClient, lane: Lane) -> None:
+    client.hello()
+    assert client.poll(0.0) is None
+    ready = EngineReady(epoch=0, world_size=2, num_blocks=3, block_size=4, max_model_len=5)
+    lane.bring(ready)
+    assert client.poll(0.0) == ready
+    client.shut_down("done")
+    client.close()
+    assert lane.sent == [Hello(), Shutdown("done")]
+    assert lane.closed
+
+
+def test_a_dead_engine_and_a_message_that_is_not_for_clients_are_errors(
+    client: EngineClient, lane: Lane
+) -> None:
+    lane.bring(EngineFailed("rank 1 is gone"))
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        client.poll(0.0)
+    lane.bring(Hello())
+    with pytest.raises(EngineDeadError, match="Hello, which no client expects"):
+        client.poll(0.0)
+
+
+def test_what_can_be_seen_to_be_wrong_is_refused_before_it_is_sent(client: EngineClient, lane: Lane) -> None:
+    with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):
+        client.add([1], SamplingParams(stop=("x",)))
+    for ids in ([-1], [2**31]):
+        with pytest.raises(InvalidRequestError, match="must be from 0"):
+            client.add(ids, GREEDY)
+    assert lane.sent == []
+    assert client.num_running == 0
