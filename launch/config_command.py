@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from launch.config_file import config_schema, load_config, show
+from launch.config_reference import reference
 from launch.options import ConfigArgument, SetOption
 
 app = typer.Typer(help="Show settings, or what settings there are.", no_args_is_help=True)
@@ -25,3 +26,9 @@ def schema(
 ) -> None:
     """Print the JSON schema of the settings, with the meaning of each."""
     print(json.dumps(config_schema(), indent=indent))
+
+
+@app.command("reference")
+def print_reference() -> None:
+    """Print the reference page of all settings, in Markdown."""
+    print(reference(), end="")

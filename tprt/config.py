@@ -93,13 +93,13 @@ class RuntimeConfig(_Section):
     attention_backend: Literal["auto", "sdpa"] = "auto"
     """Attention kernels; auto takes the best that the device has."""
     enforce_eager: bool = False
-    """Launch kernels one by one, never from a captured CUDA graph; a CPU has no graphs."""
+    """Launch kernels one by one, never from a captured CUDA graph; so far no graph is captured anywhere."""
     num_threads: PositiveInt | None = None
     """CPU threads of each rank; none: the machine's cores divided by the ranks on it."""
 
 
 class ServerConfig(_Section):
-    """Where the HTTP server listens."""
+    """Where the HTTP server listens; so far there is none."""
 
     host: str = "127.0.0.1"
     """Address to bind."""
@@ -141,7 +141,7 @@ class Config(_Section):
     runtime: RuntimeConfig = RuntimeConfig()
     """What the workers compute with."""
     server: ServerConfig = ServerConfig()
-    """Where the HTTP server listens."""
+    """Where the HTTP server listens; so far there is none."""
     supervision: SupervisionConfig = SupervisionConfig()
     """Deadlines, in seconds; nothing waits without one."""
     logging: LoggingConfig = LoggingConfig()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.config_file import config_schema, known_keys, load_config, show
+from launch.config_reference import reference
 from tprt.errors import ConfigError
 
 Write = Callable[[str], str]
@@ -171,3 +172,8 @@ def test_every_setting_says_what_it_means() -> None:
         if field.get("description")
     }
     assert described == {key for key in known_keys() if "." in key}
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = Path("docs/configuration.md").read_text()
+    assert page == reference(), "write it again: tprt config reference > docs/configuration.md"
