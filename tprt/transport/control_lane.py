@@ -1,8 +1,8 @@
 """Control messages over a connected SOCK_SEQPACKET socket: boundaries kept, the end of the peer seen at once.
 
-The kernel limits a packet by the send buffer (about 200 KiB), so a message goes in pieces that are marked as
-first and last. A message that was given up half-way is forgotten when the next one begins. Knows nothing of
-what the messages mean.
+The kernel limits a packet by the send buffer, so a message goes in pieces that are marked as first and last. A
+message that was given up half-way is forgotten when the next one begins. Knows nothing of what the messages
+mean.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from tprt.transport.channel import Buffer
 _LOG = get_logger(__name__)
 
 MAX_CONTROL_BYTES = 16 * 1024 * 1024
-_PIECE_BYTES = 32 * 1024
+_PIECE_BYTES = 32_000
+# Room for a whole traceback, so that a failing rank need not wait for a busy hub; the kernel gives what its
+# net.core.wmem_max allows, twice 208 KiB by default.
+_SEND_BUFFER_BYTES = 1024 * 1024
 _FIRST = 1
 _LAST = 2
 
@@ -27,7 +30,8 @@ class ControlSender:
     """The sending end; any thread may use it."""
 
     def __init__(self, connection: socket.socket, peer: str) -> None:
-        """Assign; the connection stays the caller's. `peer` is what to call the other end in an error."""
+        """Take a connection, which stays the caller's; `peer` is what to call the other end in an error."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._connection = connection
         self._peer = peer
         self._lock = threading.Lock()

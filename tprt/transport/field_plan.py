@@ -14,11 +14,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from tprt.errors import TransportError
-from tprt.messages import Float32Array, Int32Array, Int64Array, SamplingParams, UInt8Array
+from tprt.messages import SamplingParams
 
 Check = Callable[[object], bool]
 Getter = Callable[[object], tuple[Any, ...]]
-_COLUMNS = ((Int32Array, "<i4"), (Int64Array, "<i8"), (Float32Array, "<f4"), (UInt8Array, "u1"))
 
 
 class FieldPlan:
@@ -57,8 +56,13 @@ class FieldPlan:
             TransportError: their number or the type of one of them is wrong.
         """
         if type(values) is not tuple or len(values) != len(self.scalar_names):
-            found = f"{len(values)} of them" if type(values) is tuple else type(values).__name__
-            raise TransportError(f"{self.name} with {found} for its fields {', '.join(self.scalar_names)}")
+            found = (
+                f"{len(values)} scalar fields"
+                if type(values) is tuple
+                else f"{type(values).__name__} for its scalar fields"
+            )
+            expected = f"{len(self.scalar_names)}: {', '.join(self.scalar_names)}"
+            raise TransportError(f"{self.name} has {found}; expected {expected}")
         for index, (check, value) in enumerate(zip(self._checks, values, strict=True)):
             if not check(value):
                 raise TransportError(
@@ -79,11 +83,12 @@ def _getter(names: Sequence[str]) -> Getter:
 
 
 def _dtype_of(hint: object) -> np.dtype[Any] | None:
-    """Return the little-endian dtype of a column's annotation, None for anything else.
-
-    The annotations are compared, not taken apart: what is inside an `NDArray` differs between numpy versions.
-    """
-    return next((np.dtype(dtype) for annotation, dtype in _COLUMNS if hint == annotation), None)
+    """Return the dtype of an `NDArray[...]` annotation, None for anything else."""
+    if get_origin(hint) is not np.ndarray:
+        return None
+    (scalar,) = get_args(get_args(hint)[1])
+    dtype: np.dtype[Any] = np.dtype(scalar).newbyteorder("<")
+    return dtype
 
 
 def _check_of(hint: object) -> Check:

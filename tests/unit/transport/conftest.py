@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tprt.transport.channel import WorkerHub, WorkerLink
-from tprt.transport.hub import ShmWorkerHub
+from tests.unit.transport.groups import Group, connect_group
 from tprt.transport.inproc import make_inproc_group
-from tprt.transport.link import ShmWorkerLink
 
 
 @pytest.fixture
@@ -35,28 +30,7 @@ def run_dir(no_descriptor_is_left: None) -> Iterator[Path]:
         assert os.listdir(folder) == []
 
 
-@dataclass
-class Group:
-    """A hub and its links, all connected; `kind` is `inproc` or `shm`."""
-
-    kind: str
-    hub: WorkerHub
-    links: list[WorkerLink]
-
-
 MakeGroup = Callable[[int], Group]
-
-
-def connect_group(path: str, world_size: int, **listen: Any) -> Group:
-    """Return a hub at `path` and its links, all in this process."""
-    hub = ShmWorkerHub.listen(path, epoch=0, world_size=world_size, **listen)
-    with ThreadPoolExecutor(world_size) as pool:
-        joining = [
-            pool.submit(ShmWorkerLink.connect, path, epoch=0, rank=rank, timeout_s=10.0)
-            for rank in range(world_size)
-        ]
-        hub.accept_all(10.0)
-        return Group("shm", hub, [future.result() for future in joining])
 
 
 @pytest.fixture(params=["inproc", "shm"])

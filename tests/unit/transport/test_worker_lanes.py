@@ -62,7 +62,7 @@ def test_every_rank_can_speak_on_its_control_lane(make_group: Callable[[int], An
     assert group.hub.receive_control(0.0) is None
 
 
-@pytest.mark.parametrize("num_bytes", [32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 200 * 1024, 3 * 1024 * 1024])
+@pytest.mark.parametrize("num_bytes", [31_999, 32_000, 32_001, 200 * 1024, 3 * 1024 * 1024])
 def test_a_large_control_message_arrives_whole(make_group: Callable[[int], Any], num_bytes: int) -> None:
     group = make_group(2)
     payload = bytes(range(256)) * (num_bytes // 256) + b"x" * (num_bytes % 256)

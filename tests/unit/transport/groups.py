@@ -1,0 +1,32 @@
+"""A hub and its links in one process, for tests."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tprt.transport.channel import WorkerHub, WorkerLink
+from tprt.transport.hub import ShmWorkerHub
+from tprt.transport.link import ShmWorkerLink
+
+
+@dataclass
+class Group:
+    """A hub and its links, all connected; `kind` is `inproc` or `shm`."""
+
+    kind: str
+    hub: WorkerHub
+    links: list[WorkerLink]
+
+
+def connect_group(path: str, world_size: int, **listen: Any) -> Group:
+    """Return a hub at `path` and its links, all in this process."""
+    hub = ShmWorkerHub.listen(path, epoch=0, world_size=world_size, **listen)
+    with ThreadPoolExecutor(world_size) as pool:
+        joining = [
+            pool.submit(ShmWorkerLink.connect, path, epoch=0, rank=rank, timeout_s=10.0)
+            for rank in range(world_size)
+        ]
+        hub.accept_all(10.0)
+        return Group("shm", hub, [future.result() for future in joining])
