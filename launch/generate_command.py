@@ -57,8 +57,8 @@ def generate(
     with LLM(load_config(config, set_ or ())) as llm:
         prompts = [_encode(llm, text, chat) for text in texts] + ids
         shown = _Printer(as_json)
-        llm.run(prompts, [sampling] * len(prompts), not as_json or sys.stderr.isatty(), shown.show)
-    shown.raise_if_any_failed()
+        llm.run(prompts, [sampling] * len(prompts), True, shown.show)
+    shown.finish()
 
 
 def _encode(llm: LLM, text: str, chat: bool) -> list[int]:
@@ -84,21 +84,39 @@ def _parse_ids(text: str) -> list[int]:
 
 
 class _Printer:
-    """Prints each completion as it ends; a prompt that was refused does not stop the others."""
+    """Prints each completion as it ends; a prompt that was refused does not stop the others.
+
+    On a terminal that shows a progress bar as well, the text waits until the bar is gone.
+    """
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
+        self._waits = sys.stdout.isatty() and sys.stderr.isatty()
+        self._lines: list[str] = []
         self._errors: list[str] = []
 
     def show(self, index: int, completion: Completion) -> None:
         if completion.error is not None:
             self._errors.append(f"prompt {index + 1}: {completion.error}")
         if self._as_json:
-            print(json.dumps(_to_json(completion), ensure_ascii=False), flush=True)
+            self._lines.append(json.dumps(_to_json(completion), ensure_ascii=False))
         elif completion.error is None:
-            print(completion.text or ",".join(map(str, completion.token_ids)), flush=True)
+            self._lines.append(completion.text or ",".join(map(str, completion.token_ids)))
+        if not self._waits:
+            self._print()
 
-    def raise_if_any_failed(self) -> None:
+    def _print(self) -> None:
+        for line in self._lines:
+            print(line, flush=True)
+        self._lines.clear()
+
+    def finish(self) -> None:
+        """Print what has waited.
+
+        Raises:
+            InvalidRequestError: lists the prompts that were refused.
+        """
+        self._print()
         if self._errors:
             raise InvalidRequestError("\n".join(self._errors))
 

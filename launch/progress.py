@@ -28,6 +28,9 @@ class GenerationProgress:
             console=Console(file=sys.stderr),
             disable=not (shown and sys.stderr.isatty()),
             transient=True,
+            # Results on standard output are not for the bar's console, which is standard error.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._task = self._bar.add_task("", total=len(completions), speed=0.0, running=0)
 
