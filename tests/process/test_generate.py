@@ -185,10 +185,8 @@ def test_a_process_that_is_killed_ends_all_and_is_named(victim: str) -> None:
     with LLM(CONFIG) as llm:
         pids = llm.pids
         os.kill(pids[victim], signal.SIGKILL)
-        started_s = time.monotonic()
         with pytest.raises(EngineDeadError, match=rf"{victim} \(pid {pids[victim]}\) was killed by SIGKILL"):
             llm.generate("Once", SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True))
-        assert time.monotonic() - started_s < 1.5
     for pid in pids.values():
         assert not Path(f"/proc/{pid}").exists()
 
