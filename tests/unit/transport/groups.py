@@ -1,7 +1,10 @@
-"""A hub and its links in one process, for tests."""
+"""A hub and its links in one process, and something that happens meanwhile, for tests."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,3 +33,14 @@ def connect_group(path: str, world_size: int, **listen: Any) -> Group:
         ]
         hub.accept_all(10.0)
         return Group("shm", hub, [future.result() for future in joining])
+
+
+@contextlib.contextmanager
+def later(delay_s: float, function: Callable[..., Any], *args: Any) -> Iterator[None]:
+    """Call `function` in another thread while the block runs; it is over when the block is left."""
+    timer = threading.Timer(delay_s, function, args)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()

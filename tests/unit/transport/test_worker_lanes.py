@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.transport.groups import later
 from tprt.errors import PeerLostError, TransportTimeoutError
 from tprt.transport.channel import ControlEvent, Writer
 
@@ -86,9 +87,9 @@ def test_a_closed_link_is_told_once_after_what_it_said(make_group: Callable[[int
 
 def test_a_link_that_closes_wakes_a_hub_that_waits_for_an_output(make_group: Callable[[int], Any]) -> None:
     group = make_group(2)
-    threading.Timer(0.1, group.links[0].close).start()
     begin_s = time.monotonic()
-    assert group.hub.receive_output(WAIT_S) == ControlEvent(0, None)
+    with later(0.1, group.links[0].close):
+        assert group.hub.receive_output(WAIT_S) == ControlEvent(0, None)
     assert time.monotonic() - begin_s < WAIT_S / 2
 
 
@@ -96,8 +97,7 @@ def test_a_link_that_closes_wakes_a_hub_that_waits_for_room(make_group: Callable
     group = make_group(2)
     for _ in range(8):
         group.hub.steps.send([b"step"], WAIT_S)
-    threading.Timer(0.1, group.links[1].close).start()
-    with pytest.raises(PeerLostError, match="rank 1"):
+    with later(0.1, group.links[1].close), pytest.raises(PeerLostError, match="rank 1"):
         group.hub.steps.send([b"step"], WAIT_S)
 
 
@@ -105,12 +105,12 @@ def test_a_hub_that_closes_wakes_a_rank_after_it_has_read_everything(make_group:
     group = make_group(2)
     group.hub.steps.send([b"one"], WAIT_S)
     group.hub.steps.send([b"two"], WAIT_S)
-    threading.Timer(0.1, group.hub.close).start()
-    assert group.links[1].steps.receive(WAIT_S) == b"one"
-    assert group.links[1].steps.receive(WAIT_S) == b"two"
     begin_s = time.monotonic()
-    with pytest.raises(PeerLostError, match="the coordinator is gone"):
-        group.links[1].steps.receive(WAIT_S)
+    with later(0.1, group.hub.close):
+        assert group.links[1].steps.receive(WAIT_S) == b"one"
+        assert group.links[1].steps.receive(WAIT_S) == b"two"
+        with pytest.raises(PeerLostError, match="the coordinator is gone"):
+            group.links[1].steps.receive(WAIT_S)
     assert time.monotonic() - begin_s < WAIT_S / 2
     with pytest.raises(PeerLostError, match="the coordinator is gone"):
         group.links[1].steps.receive(WAIT_S)
@@ -153,9 +153,9 @@ def test_room_that_is_made_wakes_the_sender(make_group: Callable[[int], Any]) ->
     for _ in range(8):
         group.hub.steps.send([b"step"], WAIT_S)
         assert group.links[0].steps.receive(WAIT_S) == b"step"
-    threading.Timer(0.1, group.links[1].steps.receive, [WAIT_S]).start()
     begin_s = time.monotonic()
-    group.hub.steps.send([b"step"], WAIT_S)
+    with later(0.1, group.links[1].steps.receive, WAIT_S):
+        group.hub.steps.send([b"step"], WAIT_S)
     assert time.monotonic() - begin_s < WAIT_S / 2
 
 
@@ -191,8 +191,8 @@ def test_the_descriptor_of_steps_wakes_a_poller(make_group: Callable[[int], Any]
     for number in range(20):
         assert steps.try_receive() is None
         assert poller.poll(0) == []
-        threading.Timer(0.001, group.hub.steps.send, [[b"%d" % number], WAIT_S]).start()
-        assert poller.poll(WAIT_S * 1000)
+        with later(0.001, group.hub.steps.send, [b"%d" % number], WAIT_S):
+            assert poller.poll(WAIT_S * 1000)
         assert steps.receive(WAIT_S) == b"%d" % number
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import select
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.unit.transport.groups import later
 from tprt.errors import PeerLostError, TransportError
 from tprt.transport.zmq_socket import RequestClient, RequestServer
 
@@ -124,11 +124,11 @@ def test_a_client_sees_the_end_of_the_server_at_once_and_still_reads_what_had_co
     client_id = meet(server, client)
     for number in range(20):
         server.send(client_id, [b"%d" % number])
-    threading.Timer(0.1, server.close).start()
-    assert [client.receive(WAIT_S) for _ in range(20)] == [b"%d" % number for number in range(20)]
-    begin_s = time.monotonic()
-    assert client.receive(WAIT_S) is None
-    assert time.monotonic() - begin_s < WAIT_S / 2
+    with later(0.1, server.close):
+        assert [client.receive(WAIT_S) for _ in range(20)] == [b"%d" % number for number in range(20)]
+        begin_s = time.monotonic()
+        assert client.receive(WAIT_S) is None
+        assert time.monotonic() - begin_s < WAIT_S / 2
     assert client.loss is not None
     assert server.address in client.loss
 
@@ -171,11 +171,11 @@ def test_the_descriptor_wakes_a_poller_after_an_empty_receive(server: RequestSer
     for number in range(100):
         while server.receive(0.0) is not None:
             pass
-        threading.Timer(0.002 if number % 2 else 0.0, client.send, [[b"%d" % number]]).start()
         payload = None
-        while payload is None:
-            assert poller.poll(WAIT_S * 1000)
-            payload = server.receive(0.0)
+        with later(0.002 if number % 2 else 0.0, client.send, [b"%d" % number]):
+            while payload is None:
+                assert poller.poll(WAIT_S * 1000)
+                payload = server.receive(0.0)
         assert payload[1] == b"%d" % number
 
 
