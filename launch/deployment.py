@@ -6,12 +6,12 @@ no start-up.
 
 from __future__ import annotations
 
-import shutil
 import time
 from types import TracebackType
 
 from launch.child import EPOCH, RUN_DIR
-from launch.run_dir import make_run_dir, request_address, write_config
+from launch.program_end import ProgramEnd
+from launch.run_dir import RunDir, request_address, write_config
 from launch.supervisor import ChildSpec, Supervisor
 from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
@@ -26,6 +26,10 @@ from tprt.transport.zmq_socket import RequestClient
 _LOOK_S = 0.1
 # A coordinator that gives up ends at once, and the supervisor then names the cause.
 _CAUSE_S = 2.0
+# A coordinator answers between two steps, and says so itself when a step takes too long; it is asked now and
+# then whether it still does, and has this much longer than a step.
+_PULSE_S = 5.0
+_PULSE_GRACE_S = 2.0
 _FIRST_EPOCH = 0
 
 
@@ -44,8 +48,12 @@ class Deployment:
         make_shard_plan(shape_of(checkpoint), parallel.tensor_parallel_size, parallel.rank_weights)
         self.config = config
         self.ready: EngineReady | None = None
-        self._run_dir = make_run_dir()
-        self._supervisor = Supervisor(self._run_dir, config.supervision.shutdown_grace_s)
+        self._asked_s: float | None = None
+        self._last_asked_s = -_PULSE_S
+        self._run_dir = RunDir.create()
+        self._supervisor = Supervisor(self._run_dir.path)
+        self._program_end = ProgramEnd(self.kill)
+        self._program_end.guard()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -54,9 +62,9 @@ class Deployment:
 
     def start(self) -> None:
         """Start the coordinator and every rank; returns at once."""
-        write_config(self._run_dir, self.config)
+        write_config(self._run_dir.path, self.config)
         world_size = self.config.parallel.tensor_parallel_size
-        common = {RUN_DIR: str(self._run_dir), EPOCH: str(_FIRST_EPOCH)}
+        common = {RUN_DIR: str(self._run_dir.path), EPOCH: str(_FIRST_EPOCH)}
         specs = [ChildSpec("coordinator", "launch.coordinator_entry", common)]
         for rank in range(world_size):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
@@ -67,7 +75,7 @@ class Deployment:
 
     def connect(self, tokenizer: Tokenizer | None) -> EngineClient:
         """Return a client of this deployment's coordinator."""
-        return EngineClient(RequestClient.connect(request_address(self._run_dir)), tokenizer)
+        return EngineClient(RequestClient.connect(request_address(self._run_dir.path)), tokenizer)
 
     def wait_until_ready(self, client: EngineClient) -> EngineReady:
         """Wait until all ranks are loaded.
@@ -91,25 +99,53 @@ class Deployment:
         """Take in what has come for `client`, and notice a failure.
 
         Raises:
-            EngineDeadError: a process failed.
+            EngineDeadError: a process failed, or the coordinator is stuck.
         """
         try:
-            client.poll(_LOOK_S)
+            answered = client.poll(_LOOK_S) is not None
         except EngineDeadError:
             # The supervisor knows more: it has seen how each process ended.
             self._supervisor.wait_for_failure(_CAUSE_S)
             self.raise_if_failed()
             raise
         self.raise_if_failed()
+        self._feel_pulse(client, answered)
+
+    def _feel_pulse(self, client: EngineClient, answered: bool) -> None:
+        """Ask the coordinator now and then for a sign of life, and raise when none comes."""
+        now_s = time.monotonic()
+        if answered:
+            self._asked_s = None
+        limit_s = self.config.supervision.step_timeout_s + _PULSE_GRACE_S
+        if self._asked_s is not None and now_s - self._asked_s > limit_s:
+            raise EngineDeadError(
+                f"coordinator (pid {self.pids['coordinator']}) is there but has not answered for {limit_s:g} s"
+                " (supervision.step_timeout_s and a little more): it is stopped or stuck"
+            )
+        if self._asked_s is None and now_s - self._last_asked_s >= _PULSE_S:
+            self._asked_s = self._last_asked_s = now_s
+            client.hello()
 
     def raise_if_failed(self) -> None:
         """Raise the first cause if a process has failed."""
         self._supervisor.raise_if_failed()
 
     def stop(self) -> None:
-        """End all processes and remove the run directory; idempotent."""
-        self._supervisor.stop()
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        """End all processes and remove the run directory; idempotent.
+
+        Processes that serve have `supervision.shutdown_grace_s` to end by themselves when they have been asked
+        to; those that still load have nothing to end in order.
+        """
+        self._end(0.0 if self.ready is None else self.config.supervision.shutdown_grace_s)
+
+    def kill(self) -> None:
+        """End all processes at once and remove the run directory; idempotent."""
+        self._end(0.0)
+
+    def _end(self, grace_s: float) -> None:
+        self._supervisor.stop(grace_s)
+        self._run_dir.remove()
+        self._program_end.release()
 
     def __enter__(self) -> Deployment:
         return self

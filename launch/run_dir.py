@@ -1,44 +1,127 @@
 """The private folder of one deployment: its sockets, its resolved configuration, its failure records.
 
 Only small things: sockets take no space, so even a 1 MiB /dev/shm will do where nothing else is writable.
+
+Whoever makes a folder holds a lock on a file in it and removes it. The kernel lets go of that lock with the
+process, however that ends; a folder whose lock is free was left by a process that was killed, and whoever makes
+the next one beside it removes it. A process id in its place could be that of another process by now, or of
+another container that shares the folder above.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tprt.config import Config
 from tprt.errors import ConfigError
 
-# A unix socket's path holds 107 characters; the longest name below is under 40.
+# A unix socket's path holds 107 bytes; the longest name below is under 40.
 _MAX_FOLDER = 64
+_PREFIX = "tprt-"
+_LOCK = "owner.lock"
 _CONFIG = "config.json"
 
 
-def make_run_dir() -> Path:
-    """Create a folder that only this user can enter.
+class RunDir:
+    """A folder that only this user can enter, and that is this process's to remove."""
 
-    Raises:
-        ConfigError: no writable place was found.
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def create(cls) -> RunDir:
+        """Make one in the first place that is writable, and remove what killed processes have left there.
+
+        Raises:
+            ConfigError: no writable place was found.
+        """
+        tried = []
+        for parent in _places():
+            _remove_abandoned(parent)
+            try:
+                path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+                return cls(path, _hold(path))
+            except OSError as error:
+                tried.append(f"{parent}: {error.strerror}")
+        raise ConfigError(
+            f"no place for the sockets of this deployment ({'; '.join(tried)}); set TMPDIR to a writable folder"
+            f" whose path has at most {_MAX_FOLDER} bytes"
+        )
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it; idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+        self._lock_fd = -1
+
+
+def _places() -> Iterator[str]:
+    for parent in (os.environ.get("TMPDIR"), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/run", "/dev/shm"):
+        path = os.path.abspath(parent or "/")
+        if parent and len(os.fsencode(path)) <= _MAX_FOLDER:
+            yield path
+
+
+def _hold(path: Path) -> int:
+    """Lock a file in `path` and return its descriptor; the file gets its name once it is locked.
+
+    On a file system without locks it gets none, and nobody takes the folder for one that was left.
     """
-    tried = []
-    for parent in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/run", "/dev/shm"):
-        if not parent or len(parent) > _MAX_FOLDER:
-            continue
-        try:
-            return Path(tempfile.mkdtemp(prefix="tprt-", dir=parent))
-        except OSError as error:
-            tried.append(f"{parent}: {error.strerror}")
-    raise ConfigError(
-        f"no place for the sockets of this deployment ({'; '.join(tried)}); set TMPDIR to a writable folder"
-    )
+    draft = path / f"{_LOCK}.draft"
+    fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft.rename(path / _LOCK)
+    return fd
+
+
+def _remove_abandoned(parent: str) -> None:
+    with contextlib.suppress(OSError):
+        for path in Path(parent).glob(f"{_PREFIX}*"):
+            if _is_abandoned(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether `path` is a run directory of this user whose owner is gone."""
+    try:
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return False
+        fd = os.open(path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def write_config(run_dir: Path, config: Config) -> None:
-    """Leave the resolved configuration for the processes of the deployment."""
-    (run_dir / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
+    """Leave the resolved configuration for the processes of the deployment.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    try:
+        (run_dir / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"the run directory {run_dir} cannot be written: {error.strerror}; it needs a few KiB: free some"
+            " space there or set TMPDIR to another folder"
+        ) from error
 
 
 def read_config(run_dir: Path) -> Config:

@@ -41,16 +41,15 @@ class ChildSpec:
 class Supervisor:
     """The children of one deployment."""
 
-    def __init__(self, run_dir: Path, grace_s: float) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._grace_s = grace_s
         self._children: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
         self._started = threading.Event()
         self._stop_asked = False
-        self._start_error: OSError | None = None
+        self._grace_s = 0.0
         self._failure: str | None = None
         self._explained = threading.Event()
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._stop_fd = -1
         self._thread: threading.Thread | None = None
 
     @property
@@ -62,13 +61,13 @@ class Supervisor:
         """Start all children and begin to watch them.
 
         Raises:
-            EngineDeadError: one could not be started.
+            EngineDeadError: one could not be started; says which and why.
         """
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._watch, args=(specs,), name="tprt-supervisor", daemon=True)
         self._thread.start()
         self._started.wait()
-        if self._start_error is not None:
-            raise EngineDeadError(f"a process could not be started: {self._start_error}")
+        self.raise_if_failed()
 
     def raise_if_failed(self) -> None:
         """Raise the first cause if the deployment has failed.
@@ -83,10 +82,14 @@ class Supervisor:
         """Wait until a failure has been explained, `timeout_s` at most."""
         self._explained.wait(timeout_s)
 
-    def stop(self) -> None:
-        """Wait `grace_s` for the children to end, kill those that do not; idempotent."""
+    def stop(self, grace_s: float) -> None:
+        """Wait `grace_s` for the children to end, kill those that do not.
+
+        Idempotent; may be called again with less grace when a first call was interrupted.
+        """
         if self._thread is None:
             return
+        self._grace_s = grace_s
         self._stop_asked = True
         os.eventfd_write(self._stop_fd, 1)
         self._thread.join()
@@ -95,16 +98,25 @@ class Supervisor:
 
     def _watch(self, specs: Sequence[ChildSpec]) -> None:
         try:
-            for spec in specs:
-                self._spawn(spec)
-        except OSError as error:
-            self._start_error = error
-            self._kill_all()
-        self._started.set()
-        try:
-            self._wait_for_ends()
+            self._spawn_all(specs)
+            if self._failure is None:
+                self._wait_for_ends()
+        except BaseException:
+            self._failure = "the supervisor of the processes failed; its traceback is above"
+            raise
         finally:
+            self._explained.set()
+            self._started.set()
             self._kill_all()
+
+    def _spawn_all(self, specs: Sequence[ChildSpec]) -> None:
+        for spec in specs:
+            try:
+                self._spawn(spec)
+            except OSError as error:
+                self._failure = f"{spec.name} could not be started with {sys.executable}: {error}"
+                return
+        self._started.set()
 
     def _spawn(self, spec: ChildSpec) -> None:
         environment = {**os.environ, **spec.env, PARENT_PID: str(os.getpid())}
@@ -117,7 +129,14 @@ class Supervisor:
             # Ctrl-C in a terminal reaches the parent alone, which then ends its children in order.
             process_group=0,
         )
-        self._children[os.pidfd_open(child.pid)] = (spec.name, child)
+        try:
+            pidfd = os.pidfd_open(child.pid)
+        except OSError:
+            # A child that cannot be watched must not be left to itself.
+            child.kill()
+            child.wait()
+            raise
+        self._children[pidfd] = (spec.name, child)
 
     def _wait_for_ends(self) -> None:
         """Return when all children have ended, or one has failed, or the grace after `stop` is over."""
@@ -129,14 +148,13 @@ class Supervisor:
             wait_ms = None if deadline_s == float("inf") else max(0.0, deadline_s - time.monotonic()) * 1000
             ready = {fd for fd, _ in poller.poll(wait_ms)}
             if self._stop_fd in ready:
-                poller.unregister(self._stop_fd)
+                os.eventfd_read(self._stop_fd)
                 deadline_s = time.monotonic() + self._grace_s
             for pidfd in ready & alive:
                 poller.unregister(pidfd)
             alive -= ready
             if ready & self._children.keys() and not self._stop_asked:
                 self._failure = self._explain()
-                self._explained.set()
                 return
 
     def _explain(self) -> str:
