@@ -48,14 +48,16 @@ class KVAllocation:
     def try_grow(self, slots: Slots) -> bool:
         """Give each row a block for its newest token where it has none; all of them or none."""
         table = self._table
-        missing = table.num_tokens[slots] - table.num_blocks[slots] * self._block_size
-        short = slots[missing > 0]
-        if len(short) > self._blocks.num_free:
+        num_blocks = table.num_blocks[slots]
+        missing = table.num_tokens[slots] - num_blocks * self._block_size
+        rows = (missing > 0).nonzero()[0]
+        if len(rows) > self._blocks.num_free:
             return False
-        if len(short):
+        if len(rows):
             assert missing.max() <= self._block_size, "a row grew by more than a block"
-            table.block_tables[short, table.num_blocks[short]] = self._blocks.append(len(short))
-            table.num_blocks[short] += 1
+            short, ends = slots[rows], num_blocks[rows]
+            table.block_tables[short, ends] = self._blocks.append(len(rows))
+            table.num_blocks[short] = ends + 1
         return True
 
     def release(self, slot: int) -> Sequence:
@@ -69,7 +71,9 @@ class KVAllocation:
         if not self._blocks.enable_prefix_caching:
             return
         num_full, num_known = step.context_lens // self._block_size, self._table.num_known_blocks
-        rows = np.flatnonzero(num_full > num_known[step.slots])
+        rows = (num_full > num_known[step.slots]).nonzero()[0]
+        if len(rows) == 0:
+            return
         slots, ends = step.slots[rows], num_full[rows]
         for slot, first, end in zip(slots.tolist(), num_known[slots].tolist(), ends.tolist(), strict=True):
             self._register_row(slot, first, end)

@@ -15,6 +15,8 @@ from tprt.coordinator.sequence import SequenceTable, Slots
 from tprt.coordinator.step import StepInFlight
 from tprt.messages import FinishReason, Float32Array, Int32Array, Int64Array, StepOutput, UInt8Array
 
+_LENGTH = np.uint8(FinishReason.LENGTH)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -60,10 +62,11 @@ class StepResult:
 def find_finish_reasons(table: SequenceTable, step: StepInFlight, token_ids: Int32Array) -> UInt8Array:
     """Return the `FinishReason` of each sampled row `[n]`; a stop token counts more than the length."""
     slots = step.sampled_slots
-    stops = (table.stop_ids[slots] == token_ids[:, None]).any(axis=1)
-    too_long = step.sampled_positions + 1 >= table.max_tokens[slots]
-    reasons = too_long * np.uint8(FinishReason.LENGTH)
-    reasons[stops] = FinishReason.STOP
+    # Booleans turn into codes by a multiplication; rows that stop are few, most steps have none.
+    reasons = (step.sampled_positions + 1 >= table.max_tokens[slots]) * _LENGTH
+    stops = (table.stop_ids[slots] == token_ids[:, None]).nonzero()[0]
+    if len(stops):
+        reasons[stops] = FinishReason.STOP
     return reasons
 
 

@@ -69,7 +69,7 @@ def build_step_input(table: SequenceTable, batch: Batch, block_size: int, epoch:
         context_lens=context_lens,
         token_ids=_gather_token_ids(table, batch, context_lens),
         block_ids=table.block_ids(slots, -(-context_lens // block_size)),
-        samples=(context_lens == table.num_tokens[slots]).astype(np.uint8),
+        samples=(context_lens == table.num_tokens[slots]).view(np.uint8),
         temperatures=table.temperatures[slots],
         top_ks=table.top_ks[slots],
         top_ps=table.top_ps[slots],

@@ -29,7 +29,7 @@ class SamplingBatch:
     Attributes:
         temperatures, top_ps, min_ps: `[n]` float32.
         top_ks: `[n]` int64; 0 keeps all tokens.
-        noise_keys: `[n]` int64, one per (seed, position).
+        noise_keys: `[n]` int64, one per (seed, position); 0 where nothing is random.
         num_top: most likely tokens to report for each sequence; None when no log-probabilities are wanted.
         any_random: some temperature is above 0.
         any_truncated: some sequence uses top-k, top-p or min-p.

@@ -83,7 +83,7 @@ class Completion:
 
     def _cut_at_stop(self, searched_from: int) -> None:
         """Find the first stop string that ends in the newest text."""
-        longest = max(len(stop) for stop in self.sampling.stop)
+        longest = max(map(len, self.sampling.stop))
         window = max(0, searched_from - longest + 1)
         found = [at for stop in self.sampling.stop if (at := self.text.find(stop, window)) >= 0]
         if found:

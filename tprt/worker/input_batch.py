@@ -5,6 +5,7 @@ All index arithmetic is numpy over whole columns. Knows nothing of the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,26 +37,44 @@ class InputBatch:
     sampled_slots: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _SampledRows:
+    """The sampled sequences of a step, as far as the next step with the same ones has them too.
+
+    Attributes:
+        rows: `[n]` which sequences of the step.
+        slots: `[n]` their slots.
+        seeds: `[n]` their seeds.
+        sampling: their parameters, with noise keys of 0; None when there are none.
+    """
+
+    rows: NDArray[np.intp]
+    slots: Tensor
+    seeds: Int64Array
+    sampling: SamplingBatch | None
+
+
 class InputBuilder:
     """Builds the batches of one worker, and keeps the token that each slot sampled last."""
 
     def __init__(self, block_size: int, max_num_seqs: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
+        self._is_cpu = device.type == "cpu"
         self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._sampled: _SampledRows
+        self._sampled_key: tuple[bytes, ...] = ()
 
     def build(self, step: StepInput) -> InputBatch:
-        """Build the tensors of `step`."""
-        num_blocks = -(-step.context_lens // self._block_size)
+        """Build the tensors of `step`; those of the sampling parameters may be shared with other steps."""
         positions = _positions(step)
-        tables = _padded_block_tables(step.block_ids, num_blocks)
-        sampled = np.flatnonzero(step.samples)
+        sampled = self._sampled_rows(step)
         return InputBatch(
             token_ids=self._token_ids(step),
             positions=self._to_device(positions),
-            context=self._context(step, positions, tables),
-            sampling=self._sampling(step, sampled) if len(sampled) else None,
-            sampled_slots=self._to_device(step.seq_slots[sampled].astype(np.int64)),
+            context=self._context(step, positions),
+            sampling=_with_noise_keys(sampled, step, self._to_device),
+            sampled_slots=sampled.slots,
         )
 
     def keep_sampled(self, batch: InputBatch, token_ids: Tensor) -> None:
@@ -69,20 +88,24 @@ class InputBuilder:
         slots = self._to_device(np.repeat(step.seq_slots, step.query_lens).astype(np.int64))
         return torch.where(token_ids < 0, self._last_token_ids[slots], token_ids)
 
-    def _context(self, step: StepInput, positions: Int64Array, tables: Int32Array) -> Context:
-        slot_mapping = self._to_device(self._slot_mapping(step, positions, tables))
+    def _context(self, step: StepInput, positions: Int64Array) -> Context:
+        num_blocks = -(-step.context_lens // self._block_size)
+        ends: Int64Array = num_blocks.cumsum(dtype=np.int64)
+        starts: Int64Array = np.subtract(ends, num_blocks)
+        slot_mapping = self._to_device(self._slot_mapping(step, positions, starts))
         longest = int(step.context_lens.max())
         if step.num_decodes == len(step.query_lens):
             return Context(
                 slot_mapping=slot_mapping,
                 context_lens=self._to_device(step.context_lens),
-                block_tables=self._to_device(tables),
+                block_tables=self._to_device(_padded_block_tables(step.block_ids, starts, num_blocks)),
                 max_seqlen_k=longest,
             )
         n = step.num_decodes
-        ends = np.cumsum(step.query_lens)
+        query_ends = np.cumsum(step.query_lens)
         # Without tables a prefill attends to its own tokens alone; decodes always read from blocks.
         from_cache = n > 0 or bool((step.context_lens > step.query_lens).any())
+        tables = _padded_block_tables(step.block_ids, starts, num_blocks) if from_cache else None
         return Context(
             is_prefill=True,
             cu_seqlens_q=self._to_device(_running_sum(step.query_lens)),
@@ -91,27 +114,49 @@ class InputBuilder:
             max_seqlen_k=longest,
             slot_mapping=slot_mapping,
             context_lens=self._to_device(step.context_lens[:n]) if n else None,
-            block_tables=self._to_device(tables) if from_cache else None,
+            block_tables=None if tables is None else self._to_device(tables),
             num_decodes=n,
-            logits_indices=self._to_device((ends - 1)[step.samples != 0].astype(np.int64)),
+            logits_indices=self._to_device((query_ends - 1)[step.samples != 0].astype(np.int64)),
         )
 
-    def _slot_mapping(self, step: StepInput, positions: Int64Array, tables: Int32Array) -> Int64Array:
-        sequence = np.repeat(np.arange(len(step.query_lens)), step.query_lens)
-        block = tables[sequence, positions // self._block_size].astype(np.int64)
+    def _slot_mapping(self, step: StepInput, positions: Int64Array, starts: Int64Array) -> Int64Array:
+        """Return the KV slot of every query token; `starts` `[S]` is where each block table begins."""
+        first_block = starts.repeat(step.query_lens)
+        block: Int64Array = step.block_ids[first_block + positions // self._block_size].astype(np.int64)
         return block * self._block_size + positions % self._block_size
 
-    def _sampling(self, step: StepInput, sampled: NDArray[np.intp]) -> SamplingBatch:
-        temperatures = step.temperatures[sampled]
-        top_ks, top_ps, min_ps = step.top_ks[sampled], step.top_ps[sampled], step.min_ps[sampled]
+    def _sampled_rows(self, step: StepInput) -> _SampledRows:
+        """Return the sampled sequences; those of the last step when they and their parameters are the same."""
+        columns = (
+            *(step.samples, step.seq_slots, step.temperatures, step.top_ks, step.top_ps, step.min_ps),
+            *(step.seeds, step.num_logprobs),
+        )
+        key = tuple(column.tobytes() for column in columns)
+        if key != self._sampled_key:
+            self._sampled = self._make_sampled_rows(step)
+            self._sampled_key = key
+        return self._sampled
+
+    def _make_sampled_rows(self, step: StepInput) -> _SampledRows:
+        rows = np.flatnonzero(step.samples)
+        return _SampledRows(
+            rows=rows,
+            slots=self._to_device(step.seq_slots[rows].astype(np.int64)),
+            seeds=step.seeds[rows],
+            sampling=self._sampling(step, rows) if len(rows) else None,
+        )
+
+    def _sampling(self, step: StepInput, rows: NDArray[np.intp]) -> SamplingBatch:
+        temperatures = step.temperatures[rows]
+        top_ks, top_ps, min_ps = step.top_ks[rows], step.top_ps[rows], step.min_ps[rows]
         truncates = (top_ks > 0) | (top_ps < 1) | (min_ps > 0)
-        num_logprobs = step.num_logprobs[sampled]
+        num_logprobs = step.num_logprobs[rows]
         return SamplingBatch(
             temperatures=self._to_device(temperatures),
             top_ks=self._to_device(top_ks.astype(np.int64)),
             top_ps=self._to_device(top_ps),
             min_ps=self._to_device(min_ps),
-            noise_keys=self._to_device(noise_keys(step.seeds[sampled], step.context_lens[sampled])),
+            noise_keys=self._to_device(np.zeros(len(rows), np.int64)),
             num_top=int(num_logprobs.max()) if (num_logprobs >= 0).any() else None,
             any_random=bool((temperatures > 0).any()),
             # A greedy row is its own maximum, truncated or not.
@@ -120,7 +165,26 @@ class InputBuilder:
 
     def _to_device(self, column: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(column if column.flags.writeable else column.copy())
-        return tensor.to(self._device, non_blocking=True)
+        return tensor if self._is_cpu else tensor.to(self._device, non_blocking=True)
+
+
+def _with_noise_keys(
+    sampled: _SampledRows, step: StepInput, to_device: Callable[[Int64Array], Tensor]
+) -> SamplingBatch | None:
+    """Return the sampling parameters with the keys of this step's positions; nothing reads a greedy batch's."""
+    same = sampled.sampling
+    if same is None or not same.any_random:
+        return same
+    return SamplingBatch(
+        temperatures=same.temperatures,
+        top_ks=same.top_ks,
+        top_ps=same.top_ps,
+        min_ps=same.min_ps,
+        noise_keys=to_device(noise_keys(sampled.seeds, step.context_lens[sampled.rows])),
+        num_top=same.num_top,
+        any_random=same.any_random,
+        any_truncated=same.any_truncated,
+    )
 
 
 def _positions(step: StepInput) -> Int64Array:
@@ -132,11 +196,18 @@ def _positions(step: StepInput) -> Int64Array:
     return np.arange(ends[-1], dtype=np.int64) + np.repeat(shift, step.query_lens)
 
 
-def _padded_block_tables(block_ids: Int32Array, num_blocks: Int32Array) -> Int32Array:
-    """Lay the end-to-end tables out as rows, padded with block 0: `[S, B]`."""
-    used = np.arange(num_blocks.max()) < num_blocks[:, None]
-    tables = np.zeros(used.shape, np.int32)
-    tables[used] = block_ids
+def _padded_block_tables(block_ids: Int32Array, starts: Int64Array, num_blocks: Int32Array) -> Int32Array:
+    """Lay the end-to-end tables, which begin at `starts`, out as rows padded with block 0: `[S, B]`."""
+    shortest, width = int(num_blocks.min()), int(num_blocks.max())
+    if shortest == width:
+        return block_ids.reshape(-1, width)
+    # A row for each entry, of that entry and those after it: rows that overlap in memory. Copying whole rows
+    # takes a third of the time of an assignment through a mask, which goes entry by entry.
+    padded = np.concatenate([block_ids, np.zeros(width, np.int32)])
+    windows: Int32Array = np.ndarray((len(block_ids), width), np.int32, padded, 0, padded.strides * 2)
+    tables = windows[starts]
+    # The head of the next table is behind that of a shorter one.
+    tables[:, shortest:][np.arange(shortest, width, dtype=np.int32) >= num_blocks[:, None]] = 0
     return tables
 
 

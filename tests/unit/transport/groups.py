@@ -12,6 +12,7 @@ from typing import Any
 from tprt.transport.channel import WorkerHub, WorkerLink
 from tprt.transport.hub import ShmWorkerHub
 from tprt.transport.link import ShmWorkerLink
+from tprt.transport.shm_ring import RingGeometry
 
 
 @dataclass
@@ -25,7 +26,9 @@ class Group:
 
 def connect_group(path: str, world_size: int, **listen: Any) -> Group:
     """Return a hub at `path` and its links, all in this process."""
-    hub = ShmWorkerHub.listen(path, epoch=0, world_size=world_size, **listen)
+    # As many messages as the twin of this in one process holds.
+    geometry = listen.pop("geometry", RingGeometry(num_slots=8))
+    hub = ShmWorkerHub.listen(path, epoch=0, world_size=world_size, geometry=geometry, **listen)
     with ThreadPoolExecutor(world_size) as pool:
         joining = [
             pool.submit(ShmWorkerLink.connect, path, epoch=0, rank=rank, timeout_s=10.0)

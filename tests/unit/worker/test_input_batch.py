@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -118,5 +120,51 @@ def test_sampling_columns_say_what_the_batch_needs(builder: InputBuilder) -> Non
 
 
 def test_noise_keys_depend_on_seed_and_position(builder: InputBuilder) -> None:
-    keys = [builder.build(step_input([1], [n], 1)).sampling.noise_keys.item() for n in (5, 6, 5)]
+    steps = [step_input([1], [n], 1, temperatures=[1.0]) for n in (5, 6, 5)]
+    keys = [builder.build(step).sampling.noise_keys.item() for step in steps]
     assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize("context_lens", [[5, 30, 1, 8, 9], [8, 7, 6, 5, 5], [1, 1, 1, 1, 40]])
+def test_block_tables_of_any_lengths_are_rows_padded_with_0(
+    builder: InputBuilder, context_lens: list[int]
+) -> None:
+    step = step_input([1] * 5, context_lens, num_decodes=5)
+    rows = np.split(step.block_ids, np.cumsum([-(-length // BLOCK) for length in context_lens])[:-1])
+    context = builder.build(step).context
+    widest = max(map(len, rows))
+    expected = [[*row.tolist(), *[0] * (widest - len(row))] for row in rows]
+    assert context.block_tables.tolist() == expected
+    last_slots = zip(rows, context_lens, strict=True)
+    assert context.slot_mapping.tolist() == [row[-1] * BLOCK + (n - 1) % BLOCK for row, n in last_slots]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("temperatures", 0.5), ("top_ks", 7), ("top_ps", 0.5), ("min_ps", 0.25), ("num_logprobs", 3)],
+)
+def test_a_parameter_that_changes_between_steps_is_noticed(
+    builder: InputBuilder, column: str, value: float
+) -> None:
+    def build(**changes: list[float]) -> object:
+        columns = {"temperatures": [1.0, 1.0], **changes}
+        return builder.build(step_input([1, 1], [5, 6], 2, **columns)).sampling
+
+    before, again = build(), build()
+    assert again.temperatures is before.temperatures
+    changed = build(**{column: [value, value]})
+    found = changed.num_top if column == "num_logprobs" else getattr(changed, column).tolist()[1]
+    assert found == value
+    assert (before.any_truncated, before.num_top) == (False, None)
+
+
+def test_sequences_that_change_between_steps_are_noticed(builder: InputBuilder) -> None:
+    both = step_input([1, 1], [5, 6], 2, temperatures=[1.0, 1.0])
+    first = builder.build(both)
+    moved = builder.build(replace(both, seq_slots=both.seq_slots + 1, seeds=both.seeds + 1))
+    alone = builder.build(replace(both, samples=np.array([0, 1], np.uint8)))
+    assert first.sampled_slots.tolist() == [2, 3]
+    assert moved.sampled_slots.tolist() == [3, 4]
+    assert (first.sampling.noise_keys != moved.sampling.noise_keys).all()
+    assert alone.sampled_slots.tolist() == [3]
+    assert alone.sampling.noise_keys.tolist() == first.sampling.noise_keys.tolist()[1:]
