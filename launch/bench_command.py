@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
+from tprt.errors import ConfigError
 
 app = typer.Typer(help="Measure, with a peer beside in the same run.", no_args_is_help=True)
 
@@ -35,13 +38,93 @@ def compare_hf(
     print_rows(compare_with_hf(resolved, vocab_size, workloads, repeats), as_json)
 
 
-def print_rows(rows: list[dict[str, float]], as_json: bool) -> None:
+@app.command("broadcast")
+def broadcast(
+    readers: Annotated[str, typer.Option(help="Numbers of readers, separated by commas.")] = "1,2,4",
+    num_bytes: Annotated[
+        str, typer.Option("--bytes", help="Sizes of a message, separated by commas.")
+    ] = "256,4096,65536,1048576",
+    gap_us: Annotated[
+        int, typer.Option(help="Mean pause between messages whose latency is taken; the readers sleep in it.")
+    ] = 1000,
+    seconds: Annotated[float, typer.Option(help="How long to send for each row, about.")] = 0.7,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="The cost and wake-up of idle readers; smallest size alone.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Latency and rate of the ring that carries steps, beside what others do.
+
+    p50 and p99 are one way, over all readers, with a random pause of 0.5 to 1.5 times --gap-us once the slowest
+    reader has the message before; messages per second are without a pause.
+    """
+    from launch.bench_broadcast import Pace, bench_broadcast, bench_idle
+
+    counts, sizes = _split_numbers("--readers", readers), _split_numbers("--bytes", num_bytes)
+    pace = Pace(gap_us / 1e6, seconds)
+    rows = bench_idle(counts, min(sizes), pace) if idle else bench_broadcast(counts, sizes, pace)
+    print_rows(rows, as_json)
+
+
+@app.command("step")
+def step(
+    config: ConfigArgument,
+    num_seqs: Annotated[int, typer.Option(help="Sequences that run.")] = 256,
+    context_len: Annotated[int, typer.Option(help="Tokens of each, about.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Measured decode steps, after some to warm up.")] = 300,
+    temperature: Annotated[float, typer.Option(help="Of all sequences; 0 is greedy.")] = 1.0,
+    as_json: JsonOption = False,
+    set_: SetOption = None,
+) -> None:
+    """What a decode step costs besides the model: scheduling, the way to the ranks, preparing inputs.
+
+    Runs coordinator and ranks against a model that does nothing, on CPUs. No weights are needed: the vocabulary
+    and its end tokens are those of the checkpoint's config.json where there is one, else 32,000 tokens. Limits
+    of the scheduler and the number of KV blocks are raised to what the sequences need.
+
+    `total` is the sum of the six stages before it; broadcast, decode and prepare are those of the rank that was
+    ready last. Not in it: `answer`, rank 0's way back, and `news`, the message to the client, encoded and not
+    sent. `step` is the whole turn of the coordinator's loop.
+    """
+    from launch.bench_step import StepWorkload, bench_step
+
+    workload = StepWorkload(num_seqs, context_len, steps, temperature)
+    print_rows(bench_step(load_config(config, set_ or ()), workload), as_json)
+
+
+@app.command("allreduce")
+def allreduce(
+    device: Annotated[str, typer.Option(help="Where the ranks compute; so far only cpu.")] = "cpu",
+    readers: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2,3,4",
+    num_bytes: Annotated[
+        str, typer.Option("--bytes", help="Sizes of the float32 tensor, separated by commas.")
+    ] = "2304,18432,65536,1048576",
+    as_json: JsonOption = False,
+) -> None:
+    """The sum over CPU ranks through shared memory, beside gloo."""
+    from launch.bench_allreduce import run_allreduce_bench
+
+    if device != "cpu":
+        raise ConfigError(f"--device {device}: the ranks of this benchmark compute on a cpu")
+    print_rows(
+        run_allreduce_bench(_split_numbers("--readers", readers), _split_numbers("--bytes", num_bytes)), as_json
+    )
+
+
+def _split_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from error
+
+
+def print_rows(rows: Sequence[Mapping[str, int | float | str]], as_json: bool) -> None:
     """Print measurements as JSON lines, or as a table."""
     if as_json:
         for row in rows:
             print(json.dumps(row))
         return
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
