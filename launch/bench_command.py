@@ -34,8 +34,31 @@ def compare_hf(
 
     resolved = load_config(config, set_ or ())
     vocab_size = read_checkpoint_config(resolved.model.path).vocab_size
-    workloads = [Workload(int(batch), prompt_len, new_tokens) for batch in batches.split(",")]
+    workloads = [Workload(batch, prompt_len, new_tokens) for batch in _split_numbers("--batches", batches)]
     print_rows(compare_with_hf(resolved, vocab_size, workloads, repeats), as_json)
+
+
+@app.command("scaling")
+def scaling(
+    config: ConfigArgument,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "1,2",
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
+    repeats: Annotated[int, typer.Option(help="Measured rounds, after one to warm up.")] = 5,
+    as_json: JsonOption = False,
+    set_: SetOption = None,
+) -> None:
+    """Tokens per second on several numbers of ranks, and the ratio to the first, on the same cores."""
+    from launch.bench_compare_hf import Workload
+    from launch.bench_scaling import bench_scaling
+    from tprt.checkpoint_config import read_checkpoint_config
+
+    resolved = load_config(config, set_ or ())
+    vocab_size = read_checkpoint_config(resolved.model.path).vocab_size
+    workloads = [Workload(batch, prompt_len, new_tokens) for batch in _split_numbers("--batches", batches)]
+    counts = _split_numbers("--ranks", ranks)
+    print_rows(bench_scaling(resolved, vocab_size, counts, workloads, repeats), as_json)
 
 
 @app.command("broadcast")

@@ -59,7 +59,7 @@ def compare_with_hf(
             theirs, ours = [], []
             for repeat in range(repeats + 1):
                 their_s = _ask(peer, prompts, workload.new_tokens)
-                our_s = _run(llm, prompts, workload.new_tokens)
+                our_s = time_run(llm, prompts, workload.new_tokens)
                 if repeat > 0:  # the first round warms both up
                     theirs.append(their_s)
                     ours.append(our_s)
@@ -79,7 +79,8 @@ def _row(workload: Workload, theirs: float, ours: float) -> dict[str, float]:
     }
 
 
-def _run(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
+def time_run(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
+    """Return the seconds that `llm` takes for `new_tokens` more tokens of every prompt, greedily."""
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     started_s = time.perf_counter()
     llm.run(prompts, [sampling] * len(prompts))

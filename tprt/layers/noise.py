@@ -13,6 +13,12 @@ from torch import Tensor
 from tprt.messages import Int32Array, Int64Array
 
 _MASK32 = 0xFFFFFFFF
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+_LAST_SHIFT, _ONE = np.uint64(31), np.uint64(1)
 _TWO_POW_MINUS_24 = 2.0**-24
 
 
@@ -21,10 +27,14 @@ def noise_keys(seeds: Int64Array, positions: Int32Array) -> Int64Array:
 
     The mixing is splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
     """
-    x = seeds.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + positions.astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
+    x = seeds.view(np.uint64) * _GOLDEN
+    x += positions.astype(np.uint64)
+    for shift, factor in _ROUNDS:
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _LAST_SHIFT
+    x >>= _ONE
+    return x.view(np.int64)
 
 
 def gumbel_noise(keys: Tensor, first_id: int, count: int) -> Tensor:
