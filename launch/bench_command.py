@@ -30,12 +30,9 @@ def compare_hf(
 ) -> None:
     """Tokens per second beside transformers' generate, same model, dtype and threads."""
     from launch.bench_compare_hf import Workload, compare_with_hf
-    from tprt.checkpoint_config import read_checkpoint_config
 
-    resolved = load_config(config, set_ or ())
-    vocab_size = read_checkpoint_config(resolved.model.path).vocab_size
     workloads = [Workload(batch, prompt_len, new_tokens) for batch in _split_numbers("--batches", batches)]
-    print_rows(compare_with_hf(resolved, vocab_size, workloads, repeats), as_json)
+    print_rows(compare_with_hf(load_config(config, set_ or ()), workloads, repeats), as_json)
 
 
 @app.command("scaling")
@@ -52,13 +49,10 @@ def scaling(
     """Tokens per second on several numbers of ranks, and the ratio to the first, on the same cores."""
     from launch.bench_compare_hf import Workload
     from launch.bench_scaling import bench_scaling
-    from tprt.checkpoint_config import read_checkpoint_config
 
-    resolved = load_config(config, set_ or ())
-    vocab_size = read_checkpoint_config(resolved.model.path).vocab_size
     workloads = [Workload(batch, prompt_len, new_tokens) for batch in _split_numbers("--batches", batches)]
     counts = _split_numbers("--ranks", ranks)
-    print_rows(bench_scaling(resolved, vocab_size, counts, workloads, repeats), as_json)
+    print_rows(bench_scaling(load_config(config, set_ or ()), counts, workloads, repeats), as_json)
 
 
 @app.command("broadcast")

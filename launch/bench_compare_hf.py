@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from launch.devices import threads_per_rank
 from launch.llm import LLM
+from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 from tprt.errors import EngineDeadError
 from tprt.messages import SamplingParams
@@ -44,15 +45,14 @@ class Workload:
         ]
 
 
-def compare_with_hf(
-    config: Config, vocab_size: int, workloads: Sequence[Workload], repeats: int
-) -> list[dict[str, float]]:
+def compare_with_hf(config: Config, workloads: Sequence[Workload], repeats: int) -> list[dict[str, float]]:
     """Run every workload on both sides `repeats` times; return medians and their ratio.
 
     Raises:
         EngineDeadError: one of the two sides failed.
     """
     rows = []
+    vocab_size = read_checkpoint_config(config.model.path).vocab_size
     with _hf_peer(config) as peer, LLM(config) as llm:
         for workload in workloads:
             prompts = workload.prompts(vocab_size)

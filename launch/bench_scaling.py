@@ -12,11 +12,12 @@ from contextlib import ExitStack
 
 from launch.bench_compare_hf import Workload, time_run
 from launch.llm import LLM
+from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 
 
 def bench_scaling(
-    config: Config, vocab_size: int, ranks: Sequence[int], workloads: Sequence[Workload], repeats: int
+    config: Config, ranks: Sequence[int], workloads: Sequence[Workload], repeats: int
 ) -> list[dict[str, float]]:
     """Run every workload on every number of ranks; return medians, and their ratio to the first number.
 
@@ -25,6 +26,7 @@ def bench_scaling(
         ShardPlanError: the model cannot be split over one of the numbers.
     """
     rows = []
+    vocab_size = read_checkpoint_config(config.model.path).vocab_size
     with ExitStack() as stack:
         engines = [stack.enter_context(LLM(_with_ranks(config, count))) for count in ranks]
         for workload in workloads:
