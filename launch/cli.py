@@ -10,6 +10,7 @@ import typer
 
 from launch import bench_command, config_command
 from launch.generate_command import generate
+from launch.plan_command import plan
 from tprt.errors import (
     CheckpointError,
     ConfigError,
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(plan)
 app.add_typer(config_command.app, name="config")
 app.add_typer(bench_command.app, name="bench")
 
