@@ -108,10 +108,9 @@ done
 [ -z "$(ls -A /dev/shm)" ]
 """
 NO_EXEC = """
-mount --bind /tmp /tmp
-mount -o remount,bind,noexec /tmp
+mount -t tmpfs -o noexec tmpfs "$TMPDIR"
 cp /bin/true "$TMPDIR/true"
-if "$TMPDIR/true" 2>/dev/null; then echo "/tmp is executable" >&2; exit 90; fi
+if "$TMPDIR/true" 2>/dev/null; then echo "$TMPDIR is executable" >&2; exit 90; fi
 rm "$TMPDIR/true"
 "$@"
 """
@@ -139,7 +138,7 @@ def private_mounts() -> list[str]:
     "mounts",
     [
         pytest.param(READ_ONLY, id="with_1_mib_of_dev_shm_and_all_else_read_only"),
-        pytest.param(NO_EXEC, id="where_nothing_in_tmp_may_be_executed"),
+        pytest.param(NO_EXEC, id="where_no_temporary_file_may_be_executed"),
     ],
 )
 def test_a_deployment_works(private_mounts: list[str], tiny: TinyDeployment, mounts: str) -> None:
