@@ -155,11 +155,13 @@ class LLM:
 
     def close(self) -> None:
         """End all processes; idempotent."""
-        if self._client is not None:
-            self._client.shut_down("the client has closed")
-            self._client.close()
-            self._client = None
-        self._deployment.stop()
+        client, self._client = self._client, None
+        try:
+            if client is not None:
+                client.shut_down("the client has closed")
+                client.close()
+        finally:
+            self._deployment.stop()
 
     def __enter__(self) -> LLM:
         return self

@@ -247,6 +247,9 @@ class RequestClient:
             except zmq.Again:
                 break
         self.loss = f"the server at {self._address} has closed the connection"
+        # What waits to be sent goes with it: a disconnected endpoint keeps the linger of this moment, and with
+        # ZeroMQ's endless default it would hold up `close` for ever.
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.disconnect(self._address)
 
 

@@ -204,3 +204,17 @@ def test_close_is_idempotent_and_flushes(run_dir: Path) -> None:
     assert received[1] == b"last words"
     server.close()
     server.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_client_closes_though_nobody_is_left_for_what_it_has_sent(
+    server: RequestServer, connect: Connect
+) -> None:
+    client = connect()
+    meet(server, client)
+    server.close()
+    while client.loss is None:
+        client.send([bytes(1000)])
+        client.receive(0.01)
+    client.close()
+    assert client.loss is not None
