@@ -14,10 +14,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from tprt.errors import TransportError
-from tprt.messages import SamplingParams
+from tprt.messages import Float32Array, Int32Array, Int64Array, SamplingParams, UInt8Array
 
 Check = Callable[[object], bool]
 Getter = Callable[[object], tuple[Any, ...]]
+
+_COLUMNS = ((Int32Array, "<i4"), (Int64Array, "<i8"), (Float32Array, "<f4"), (UInt8Array, "u1"))
 
 
 class FieldPlan:
@@ -83,12 +85,11 @@ def _getter(names: Sequence[str]) -> Getter:
 
 
 def _dtype_of(hint: object) -> np.dtype[Any] | None:
-    """Return the dtype of an `NDArray[...]` annotation, None for anything else."""
-    if get_origin(hint) is not np.ndarray:
-        return None
-    (scalar,) = get_args(get_args(hint)[1])
-    dtype: np.dtype[Any] = np.dtype(scalar).newbyteorder("<")
-    return dtype
+    """Return the little-endian dtype of a column's annotation, None for anything else.
+
+    The annotations are compared, not taken apart: what is inside an `NDArray` differs between numpy versions.
+    """
+    return next((np.dtype(dtype) for annotation, dtype in _COLUMNS if hint == annotation), None)
 
 
 def _check_of(hint: object) -> Check:
