@@ -19,19 +19,24 @@ from tprt.errors import InvalidRequestError, TransportError
 from tprt.messages import (
     AbortRequest,
     AddRequest,
+    Float32Array,
     Hello,
+    Int32Array,
+    Int64Array,
     Message,
     RequestFailed,
     SamplingParams,
     Shutdown,
     StepInput,
     StepOutput,
+    UInt8Array,
     WorkerFailed,
 )
 from tprt.transport.codec import MAX_TEXT_CHARS, decode, encode
 from tprt.transport.field_plan import FieldPlan
 
 TYPES = typing.get_args(Message)
+COLUMNS = ((Int32Array, np.int32), (Int64Array, np.int64), (Float32Array, np.float32), (UInt8Array, np.uint8))
 INT64 = st.integers(-(2**63), 2**63 - 1)
 SAMPLING = st.builds(
     SamplingParams,
@@ -52,9 +57,9 @@ TEXT = st.text(st.characters(codec=None), max_size=50)
 
 def values_of(hint: Any) -> st.SearchStrategy[Any]:
     """Return values for a field of that annotation."""
-    if typing.get_origin(hint) is np.ndarray:
-        (scalar,) = typing.get_args(typing.get_args(hint)[1])
-        return npst.arrays(np.dtype(scalar), st.integers(0, 70))
+    for annotation, dtype in COLUMNS:
+        if hint == annotation:
+            return npst.arrays(dtype, st.integers(0, 70))
     return {int: INT64, float: st.floats(allow_nan=False), str: TEXT, SamplingParams: SAMPLING}[hint]
 
 
