@@ -26,21 +26,13 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What one rank read and kept, in bytes."""
-
-    checkpoint_bytes: int
-    weight_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Match:
     entry: TensorEntry
     parameter: nn.Parameter
     shard_id: ShardId
 
 
-def load_model(model: nn.Module, path: str) -> LoadReport:
+def load_model(model: nn.Module, path: str) -> None:
     """Fill every parameter of `model` from the checkpoint in folder `path`.
 
     Raises:
@@ -48,19 +40,13 @@ def load_model(model: nn.Module, path: str) -> LoadReport:
             parameters that no tensor fills and wrong shapes are listed together, by checkpoint name.
     """
     checkpoint = open_checkpoint(path)
-    matches = _match(model, checkpoint)
     by_file: dict[str, list[_Match]] = defaultdict(list)
-    for match in matches:
+    for match in _match(model, checkpoint):
         by_file[str(match.entry.file)].append(match)
     for file, wanted in by_file.items():
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for match in wanted:
                 _load_one(match, tensors.get_tensor(match.entry.name))
-    parameters = [match.parameter for match in matches]
-    return LoadReport(
-        checkpoint_bytes=sum(match.entry.file.stat().st_size for match in _one_per_file(by_file)),
-        weight_bytes=sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values()),
-    )
 
 
 def load_dummy_weights(model: nn.Module) -> None:
@@ -83,10 +69,6 @@ def _load_one(match: _Match, tensor: Tensor) -> None:
         match.parameter.weight_loader(tensor, match.shard_id)
     else:
         default_weight_loader(match.parameter, tensor)
-
-
-def _one_per_file(by_file: Mapping[str, list[_Match]]) -> list[_Match]:
-    return [matches[0] for matches in by_file.values()]
 
 
 def _match(model: nn.Module, checkpoint: Checkpoint) -> list[_Match]:
