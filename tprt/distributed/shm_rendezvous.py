@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 
-from tprt.distributed.shm_memory import MAX_WORLD_SIZE, ShmGroupMemory
+from tprt.distributed.shm_memory import DEFAULT_SLOT_BYTES, MAX_WORLD_SIZE, ShmGroupMemory
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
 
 # Who a rank is and how long it can wait: rank, world size, process id, seconds.
@@ -29,7 +29,9 @@ _GRANTED = b"\x01"
 _REFUSALS = {b"\x02": TransportTimeoutError, b"\x03": PeerLostError, b"\x04": TransportError}
 
 
-def exchange_memory(path: str, rank: int, world_size: int, timeout_s: float) -> ShmGroupMemory:
+def exchange_memory(
+    path: str, rank: int, world_size: int, timeout_s: float, slot_bytes: int = DEFAULT_SLOT_BYTES
+) -> ShmGroupMemory:
     """Return the memory that rank 0 has created, the same on every rank; the caller closes it.
 
     Args:
@@ -37,6 +39,7 @@ def exchange_memory(path: str, rank: int, world_size: int, timeout_s: float) -> 
         rank: this rank.
         world_size: number of ranks.
         timeout_s: longest wait until all ranks are there, in seconds.
+        slot_bytes: size of a slot; rank 0's counts.
 
     Raises:
         TransportTimeoutError: names the ranks that did not come in time.
@@ -50,15 +53,16 @@ def exchange_memory(path: str, rank: int, world_size: int, timeout_s: float) -> 
         )
     deadline_s = time.monotonic() + timeout_s
     if rank == 0:
-        return _Host(path, world_size, deadline_s).gather()
+        return _Host(path, world_size, deadline_s, slot_bytes).gather()
     return _join(path, rank, world_size, deadline_s)
 
 
 class _Host:
     """Rank 0's side: collects the other ranks and hands each of them the descriptors."""
 
-    def __init__(self, path: str, world_size: int, deadline_s: float) -> None:
+    def __init__(self, path: str, world_size: int, deadline_s: float, slot_bytes: int) -> None:
         self._path = path
+        self._slot_bytes = slot_bytes
         self._world_size = world_size
         self._deadline_s = deadline_s
         self._connections: dict[int, socket.socket] = {}
@@ -116,7 +120,7 @@ class _Host:
         self._deadline_s = min(self._deadline_s, time.monotonic() + patience_s)
 
     def _hand_out(self) -> ShmGroupMemory:
-        memory = ShmGroupMemory.create(self._world_size)
+        memory = ShmGroupMemory.create(self._world_size, self._slot_bytes)
         for rank, pid in self._pids.items():
             memory.set_pid(rank, pid)
         for rank, connection in self._connections.items():

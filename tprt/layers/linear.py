@@ -7,14 +7,14 @@ nothing of models and files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tprt.distributed import TPGroup
 from tprt.layers.packed_weight import PackedWeight, can_pack
-from tprt.layers.parameter import ShardedParameter, ShardId, ShardSlice, sharded_parameter
+from tprt.layers.parameter import ShardedParameter, ShardId, ShardSlice, sharded_parameter, whole_slice
 from tprt.sharding import Range
 
 
@@ -52,10 +52,9 @@ class ReplicatedLinear(LinearBase):
     """Every rank holds all of the weight `[out, in]`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        rows = Range(0, out_features)
         super().__init__(
-            {None: ShardSlice((out_features, in_features), 0, rows)},
-            {None: ShardSlice((out_features,), 0, rows)} if bias else None,
+            {None: whole_slice((out_features, in_features))},
+            {None: whole_slice((out_features,))} if bias else None,
         )
 
 
@@ -63,18 +62,24 @@ class MergedColumnParallelLinear(LinearBase):
     """Several column-parallel weights over the same input, multiplied as one.
 
     `outputs` gives, for each shard id, the size of the whole output and the range that this rank keeps; the
-    output is the concatenation of the ranges in that order.
+    output is the concatenation of the ranges in that order. `shared` names those of which several ranks keep
+    the same rows.
     """
 
     def __init__(
-        self, in_features: int, outputs: Mapping[ShardId, tuple[int, Range]], bias: bool = False
+        self,
+        in_features: int,
+        outputs: Mapping[ShardId, tuple[int, Range]],
+        bias: bool = False,
+        shared: Container[ShardId] = (),
     ) -> None:
         weight: dict[ShardId, ShardSlice] = {}
         biases: dict[ShardId, ShardSlice] = {}
         dest = 0
         for shard_id, (size, rows) in outputs.items():
-            weight[shard_id] = ShardSlice((size, in_features), 0, rows, dest)
-            biases[shard_id] = ShardSlice((size,), 0, rows, dest)
+            is_shared = shard_id in shared
+            weight[shard_id] = ShardSlice((size, in_features), 0, rows, dest, is_shared)
+            biases[shard_id] = ShardSlice((size,), 0, rows, dest, is_shared)
             dest += rows.size
         super().__init__(weight, biases if bias else None)
         self.output_sizes = [rows.size for _, rows in outputs.values()]
@@ -90,7 +95,8 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 class QKVParallelLinear(MergedColumnParallelLinear):
     """Query, key and value projections as one; shard ids `"q"`, `"k"`, `"v"`, ranges in heads.
 
-    `num_heads` and `num_kv_heads` count the whole model's heads; `q_heads` and `kv_heads` are this rank's.
+    `heads` and `kv_heads` are the number of the whole model and the range of this rank. `kv_is_replicated`
+    says that several ranks may hold the same KV head.
     """
 
     def __init__(
@@ -100,9 +106,10 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         heads: tuple[int, Range],
         kv_heads: tuple[int, Range],
         bias: bool = False,
+        kv_is_replicated: bool = False,
     ) -> None:
         q, kv = ((total * head_dim, _scaled(own, head_dim)) for total, own in (heads, kv_heads))
-        super().__init__(hidden_size, {"q": q, "k": kv, "v": kv}, bias)
+        super().__init__(hidden_size, {"q": q, "k": kv, "v": kv}, bias, ("k", "v") if kv_is_replicated else ())
 
 
 class RowParallelLinear(LinearBase):
@@ -115,8 +122,8 @@ class RowParallelLinear(LinearBase):
         self, in_features: int, out_features: int, columns: Range, group: TPGroup, bias: bool = False
     ) -> None:
         super().__init__(
-            {None: ShardSlice((out_features, in_features), 1, columns)},
-            {None: ShardSlice((out_features,), 0, Range(0, out_features))} if bias else None,
+            {None: ShardSlice((out_features, in_features), 1, columns, shared=True)},
+            {None: whole_slice((out_features,))} if bias else None,
         )
         self._group = group
 

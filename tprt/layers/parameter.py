@@ -25,12 +25,15 @@ class ShardSlice:
         dim: the dimension that is cut.
         source: the part of `dim` that this rank holds.
         dest: where that part begins along `dim` of the parameter.
+        shared: every rank needs a part of the same bytes, so that a host reads them once for all its ranks;
+            the same on every rank.
     """
 
     full_shape: tuple[int, ...]
     dim: int
     source: Range
     dest: int = 0
+    shared: bool = False
 
 
 class ShardedParameter(nn.Parameter):
@@ -58,4 +61,9 @@ def sharded_parameter(shards: Mapping[ShardId, ShardSlice]) -> ShardedParameter:
 
 def whole(*shape: int) -> ShardedParameter:
     """Allocate a parameter that every rank holds in full."""
-    return sharded_parameter({None: ShardSlice(shape, 0, Range(0, shape[0]))})
+    return sharded_parameter({None: whole_slice(shape)})
+
+
+def whole_slice(shape: tuple[int, ...]) -> ShardSlice:
+    """Return the slice that is all of a tensor, on every rank."""
+    return ShardSlice(shape, 0, Range(0, shape[0]), shared=True)

@@ -51,7 +51,10 @@ class DecoderAttention(nn.Module):
         size = config.head_dim
         heads = (config.num_attention_heads, shard.q_heads)
         kv_heads = (config.num_key_value_heads, shard.kv_heads)
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, size, heads, kv_heads, config.attention_bias)
+        kv_is_replicated = parts.group.world_size > config.num_key_value_heads
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size, size, heads, kv_heads, config.attention_bias, kv_is_replicated
+        )
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * size,
             config.hidden_size,
@@ -130,6 +133,7 @@ class DecoderModel(nn.Module):
         )
         self.layers = nn.ModuleList(DecoderLayer(parts, qk_norm) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._group = parts.group
         self.rotary_emb = RotaryEmbedding(
             config.head_dim, parts.max_model_len, config.rope_theta, config.rope_scaling
         )
@@ -139,8 +143,11 @@ class DecoderModel(nn.Module):
         residual: Tensor = self.embed_tokens(token_ids)
         rotation = self.rotary_emb(positions, residual.dtype)
         hidden = residual.new_zeros(())
-        for layer in self.layers:
+        observer = self._group.observer
+        for number, layer in enumerate(self.layers):
+            observer.enter_layer(number)
             hidden, residual = layer(hidden, residual, rotation)
+        observer.leave_layers()
         normed: Tensor = self.norm.add_forward(hidden, residual)[0]
         return normed
 

@@ -27,12 +27,22 @@ _LOADABLE = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of the checkpoint: where it is, and its type and shape."""
+    """One tensor of the checkpoint: where it is, and its type and shape.
+
+    Attributes:
+        offset: its first byte, counted from the start of the file.
+    """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,11 @@ class Checkpoint:
 
     folder: Path
     tensors: dict[str, TensorEntry]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(entry.num_bytes for entry in self.tensors.values())
 
 
 def open_checkpoint(folder: str) -> Checkpoint:
@@ -103,40 +118,62 @@ def _read_header(file: Path) -> Iterable[TensorEntry]:
             )
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
-    except ValueError as error:
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is {type(header).__name__}; expected a JSON object")
     header.pop("__metadata__", None)
     end = 0
-    for name, (begin, stop, entry) in _ordered(file, header):
+    data_start = 8 + length
+    for begin, stop, name, fields in _ordered(file, header):
         if begin != end:
-            raise CheckpointError(f"{file}: tensor {name!r} begins at byte {begin}; expected {end}")
+            raise CheckpointError(
+                f"{file}: tensor {name!r} begins at byte {begin} of the data; expected {end}: tensors must"
+                " neither overlap nor leave gaps"
+            )
         end = stop
-        yield entry
-    if 8 + length + end != size:
+        yield TensorEntry(name, file, fields["dtype"], tuple(fields["shape"]), data_start + begin)
+    if data_start + end != size:
         raise CheckpointError(
             f"{file} has {size} bytes but its header describes {8 + length + end}: it is truncated or damaged;"
             " fetch it again"
         )
 
 
-def _ordered(file: Path, header: dict[str, Any]) -> list[tuple[str, tuple[int, int, TensorEntry]]]:
-    entries = [(name, _entry(file, name, fields)) for name, fields in header.items()]
-    return sorted(entries, key=lambda item: item[1][:2])
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return fields
 
 
-def _entry(file: Path, name: str, fields: object) -> tuple[int, int, TensorEntry]:
-    try:
-        assert isinstance(fields, dict)
-        dtype, shape, (begin, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
-        valid = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, stop)) and stop - begin == num_bytes
-    except (AssertionError, KeyError, TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise CheckpointError(f"{file}: the header describes tensor {name!r} wrongly: {fields!r}")
-    if dtype not in _LOADABLE:
-        raise CheckpointError(f"{file}: tensor {name!r} is {dtype}; tprt loads {', '.join(_LOADABLE)}")
-    return begin, stop, TensorEntry(name, file, dtype, shape)
+def _ordered(file: Path, header: dict[str, Any]) -> list[tuple[int, int, str, dict[str, Any]]]:
+    """Return (first byte, end, name, fields) of each tensor, checked one by one, in the order of the bytes."""
+    entries = []
+    for name, fields in header.items():
+        if not _is_sound(fields):
+            raise CheckpointError(f"{file}: the header describes tensor {name!r} wrongly: {fields!r}")
+        if fields["dtype"] not in _LOADABLE:
+            found = fields["dtype"]
+            raise CheckpointError(f"{file}: tensor {name!r} is {found}; tprt loads {', '.join(_LOADABLE)}")
+        begin, stop = fields["data_offsets"]
+        entries.append((begin, stop, name, fields))
+    return sorted(entries, key=lambda entry: entry[:3])
+
+
+def _is_sound(fields: object) -> bool:
+    """Whether a tensor's type, shape and byte range are there and agree."""
+    if not isinstance(fields, dict):
+        return False
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    # bool is a kind of int, and neither a size nor an offset
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        return False
+    return (
+        isinstance(dtype, str)
+        and dtype in _ITEM_BYTES
+        and offsets[1] - offsets[0] == math.prod(shape) * _ITEM_BYTES[dtype]
+    )

@@ -198,7 +198,7 @@ class TestRefused:
         whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         part = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
         write_file(tmp_path / "model.safetensors", {"a": whole, "b": part}, b"\0" * 8)
-        with pytest.raises(CheckpointError, match="tensor 'b' begins at byte 4; expected 8"):
+        with pytest.raises(CheckpointError, match="tensor 'b' begins at byte 4 of the data; expected 8"):
             open_checkpoint(str(tmp_path))
 
     def test_a_type_that_is_not_loaded(self, tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""Byte ranges of one file, by the way that is fastest for where they are.
+
+What is in the page cache is mapped or copied from there. What is not is read past it (O_DIRECT), so that a rank
+reads from the disk what it asks for and nothing ahead of it, and no page is allocated only to be copied once.
+Where a file system cannot do that, reads go through the cache without read-ahead. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tprt.errors import CheckpointError
+from tprt.weights.memory_advice import cached_bytes
+
+# What O_DIRECT wants of offsets, lengths and addresses, on every device that is in use.
+ALIGNMENT = 4096
+# One system call reads this much at most, so that progress is seen on a slow disk.
+_READ_BYTES = 2 * 2**20
+# A range of which this share is cached goes through the cache.
+_CACHED_SHARE = 0.9
+_MADV_POPULATE_READ = 22
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """What one read did.
+
+    Attributes:
+        start: where the wanted bytes begin in the buffer.
+        read_bytes: how many bytes were asked of the file system.
+        cached_bytes: how many of them came from the page cache.
+    """
+
+    start: int
+    read_bytes: int
+    cached_bytes: int
+
+
+def buffer_bytes(num_bytes: int) -> int:
+    """Return the size of a buffer into which any range of `num_bytes` can be read."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+
+
+class FileReader:
+    """One file, open for reading; threads may share it."""
+
+    def __init__(self, file: Path) -> None:
+        """Open `file`.
+
+        Raises:
+            CheckpointError: it cannot be opened.
+        """
+        self._file = file
+        self._direct_fd = -1
+        self._direct_works = False
+        try:
+            self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be opened: {error.strerror}") from error
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+        with contextlib.suppress(OSError):
+            self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            self._direct_works = True
+
+    def close(self) -> None:
+        """Close the file."""
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._direct_fd = -1
+
+    def is_cached(self, start: int, stop: int) -> bool:
+        """Whether bytes `start` to `stop` are (nearly) all in the page cache, as far as the kernel tells."""
+        cached = cached_bytes(self._fd, start, stop - start)
+        return cached is not None and cached >= (stop - start) * _CACHED_SHARE
+
+    def map(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
+        """Map bytes `start` to `stop`, which are cached; return the mapping and where they begin in it.
+
+        Changes to the mapping stay private. It ends with its last reference.
+        """
+        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        mapping = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_COPY, offset=first)
+        with contextlib.suppress(OSError):  # before Linux 5.14
+            mapping.madvise(_MADV_POPULATE_READ)
+        return mapping, start - first
+
+    def read(self, buffer: memoryview, start: int, stop: int) -> ReadResult:
+        """Read bytes `start` to `stop` into `buffer`, which begins at a multiple of `ALIGNMENT`.
+
+        It has at least `buffer_bytes(stop - start)` bytes.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is shorter than it was.
+        """
+        if self.is_cached(start, stop):
+            self._fill(buffer[: stop - start], start)
+            return ReadResult(0, stop - start, stop - start)
+        if self._direct_works:
+            first = start // ALIGNMENT * ALIGNMENT
+            length = -(-(stop - first) // ALIGNMENT) * ALIGNMENT
+            self._direct_works = self._try_direct(buffer[:length], first, stop - first)
+            if self._direct_works:
+                return ReadResult(start - first, length, 0)
+        self._fill(buffer[: stop - start], start)
+        return ReadResult(0, stop - start, 0)
+
+    def _try_direct(self, buffer: memoryview, offset: int, needed: int) -> bool:
+        """Read past the page cache; False where this file system refuses to."""
+        done = 0
+        while done < needed:
+            try:
+                count = os.preadv(self._direct_fd, [buffer[done : done + _READ_BYTES]], offset + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    return False
+                raise self._unreadable(error) from error
+            if count == 0:
+                raise self._too_short(offset + done)
+            done += count
+            if done < needed and count % ALIGNMENT:
+                # Only the end of a file is not whole; the cached way finds out what has become of this one.
+                return False
+        return True
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done : done + _READ_BYTES]], offset + done)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if count == 0:
+                raise self._too_short(offset + done)
+            done += count
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self._file} cannot be read: {error.strerror}")
+
+    def _too_short(self, end: int) -> CheckpointError:
+        return CheckpointError(f"{self._file} ended at byte {end} while it was read; was it replaced or cut?")

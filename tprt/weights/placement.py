@@ -1,0 +1,143 @@
+"""Putting what was read into parameters, with an account of every row, so that each is written exactly once.
+
+On a GPU a piece is gathered into pinned memory and copied from there while the next one is read; a type that
+differs is converted on the device. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tprt.errors import CheckpointError
+from tprt.sharding import Range
+from tprt.weights.matching import Match
+from tprt.weights.read_plan import CHUNK_BYTES, Piece, kept_bytes, wanted_rows
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUM_STAGING_BUFFERS = 2
+
+
+class Placement:
+    """The parameters of one rank while they are filled; threads may share it."""
+
+    def __init__(self) -> None:
+        self.placed_bytes = 0
+        self._rows: dict[Match, list[Range]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._copiers: list[_DeviceCopier] = []
+
+    def put(self, piece: Piece, raw: Tensor) -> None:
+        """Copy what this rank keeps of `piece`, whose bytes are `raw` (uint8), into its parameter."""
+        match, part = piece.match, piece.match.part
+        wanted = wanted_rows(match)
+        rows = Range(max(piece.rows.start, wanted.start), min(piece.rows.stop, wanted.stop))
+        if rows.size <= 0:
+            return
+        source = _typed(raw, _DTYPES[match.entry.dtype]).view(piece.rows.size, *match.entry.shape[1:])
+        source = source.narrow(0, rows.start - piece.rows.start, rows.size)
+        dest = match.parameter.data
+        if part.dim == 0:
+            dest = dest.narrow(0, part.dest + rows.start - part.source.start, rows.size)
+        else:
+            source = source.narrow(part.dim, part.source.start, part.source.size)
+            dest = dest.narrow(part.dim, part.dest, part.source.size).narrow(0, rows.start, rows.size)
+        self._copy(dest, source)
+        with self._lock:
+            self._rows[match].append(rows)
+            self.placed_bytes += kept_bytes(piece)
+
+    def finish(self, matches: Collection[Match]) -> None:
+        """Wait for copies under way and check the account.
+
+        Raises:
+            CheckpointError: an element was not written exactly once, which is an error of ours.
+        """
+        for copier in self._copiers:
+            copier.synchronize()
+        parts: dict[nn.Parameter, list[Range]] = defaultdict(list)
+        for match in matches:
+            if not _tiles(self._rows[match], wanted_rows(match)):
+                raise _unaccounted(match.entry.name, "rows", wanted_rows(match), self._rows[match])
+            part = match.part
+            parts[match.parameter].append(Range(part.dest, part.dest + part.source.size))
+        for match in matches:
+            whole = Range(0, match.parameter.shape[match.part.dim])
+            if not _tiles(parts[match.parameter], whole):
+                raise _unaccounted(match.entry.name, "its parameter's parts", whole, parts[match.parameter])
+
+    def _copy(self, dest: Tensor, source: Tensor) -> None:
+        if dest.device.type != "cuda":
+            dest.copy_(source)
+            return
+        copier = getattr(self._local, "copier", None)
+        if copier is None:
+            copier = self._local.copier = _DeviceCopier(dest.device)
+            with self._lock:
+                self._copiers.append(copier)
+        copier.copy(dest, source)
+
+
+def _tiles(ranges: Iterable[Range], whole: Range) -> bool:
+    """Whether `ranges` cover `whole` without overlap."""
+    end = whole.start
+    for part in sorted(ranges, key=lambda part: part.start):
+        if part.start != end:
+            return False
+        end = part.stop
+    return end == whole.stop
+
+
+def _unaccounted(name: str, what: str, expected: Range, found: list[Range]) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: {what} {expected.start} to {expected.stop} were to be written once each; written were"
+        f" {[(part.start, part.stop) for part in found]}: please report this"
+    )
+
+
+class _DeviceCopier:
+    """One thread's way to a GPU: a stream, and pinned buffers that take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * _NUM_STAGING_BUFFERS
+        self._free = [_event() for _ in self._buffers]
+        self._turn = 0
+
+    def copy(self, dest: Tensor, source: Tensor) -> None:
+        """Copy `source`, of any layout, to `dest`; `source` may be changed afterwards."""
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._buffers)
+        self._free[turn].synchronize()
+        staged = self._staging(turn, source)
+        staged.copy_(source)
+        with torch.cuda.stream(self._stream):
+            arrived = staged.to(dest.device, non_blocking=True) if staged.dtype != dest.dtype else staged
+            dest.copy_(arrived, non_blocking=True)
+            self._free[turn].record(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until everything has arrived."""
+        self._stream.synchronize()
+
+    def _staging(self, turn: int, source: Tensor) -> Tensor:
+        num_bytes = source.numel() * source.element_size()
+        if len(self._buffers[turn]) < num_bytes:
+            size = max(num_bytes, CHUNK_BYTES)
+            self._buffers[turn] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return self._buffers[turn][:num_bytes].view(source.dtype).view(source.shape)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """View bytes as `dtype`; headers of an odd length put tensors where only a copy can be viewed so."""
+    aligned = raw.data_ptr() % dtype.itemsize == 0 and raw.storage_offset() % dtype.itemsize == 0
+    return (raw if aligned else raw.clone()).view(dtype)
