@@ -136,7 +136,7 @@ def _assign(settings: dict[str, Any], key: str, value: object) -> str:
 
 def _describe(problem: Any, origin: Mapping[str, str], path: str) -> str:
     """Say where one of pydantic's findings is, what was found, and what to do."""
-    location = [str(part) for part in problem["loc"]]
+    location = _location(problem)
     key = ".".join(location)
     if problem["type"] == "missing":
         return f"{path}: {key} is missing; it must be given"
@@ -154,6 +154,16 @@ def _describe(problem: Any, origin: Mapping[str, str], path: str) -> str:
     if problem["type"] == "value_error":
         return f"{source}: {key}: {message}"
     return f"{source}: {key} is {problem['input']!r}; {message}"
+
+
+def _location(problem: Any) -> list[str]:
+    """Return where a problem is, without pydantic's names for the kinds of value that a setting may have."""
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return location
+    depths = {known.count(".") + 1 for known in known_keys() if ".".join(location).startswith(known)}
+    depth = max(depths, default=len(location))
+    return location[:depth] + [part for part in location[depth:] if part.isdigit()]
 
 
 def _suggestion(key: str) -> str:

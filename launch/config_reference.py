@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -44,10 +45,23 @@ def _default(setting: FieldInfo) -> str:
 def _type(model: type[BaseModel], name: str) -> str:
     """Say what a setting takes, from its JSON schema."""
     schema = model.model_json_schema()["properties"][name]
-    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
-    (option,) = options
+    return " or ".join(_option(option) for option in _options(schema) if option.get("type") != "null")
+
+
+def _options(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what a setting may be, whichever way that is nested."""
+    inner = schema.get("anyOf") or schema.get("oneOf")
+    if inner is None:
+        yield schema
+    for option in inner or ():
+        yield from _options(option)
+
+
+def _option(option: dict[str, Any]) -> str:
     if "enum" in option:
         return ", ".join(f"`{value}`" for value in option["enum"])
+    if "const" in option:
+        return f"`{option['const']}`"
     kind = str(option["type"])
     if kind == "array":
         return f"list of {option['items']['type']}s"

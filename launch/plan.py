@@ -6,43 +6,47 @@ those that a start allocates, whatever the architecture. Knows nothing of how th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from launch.plan_memory import RankMemory
 from tprt.attention import make_attention_backend
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
 from tprt.distributed import TPGroup
 from tprt.models import ModelParts, build_model
-from tprt.sharding import RankShard, legal_world_sizes, make_shard_plan, shape_of
-from tprt.worker.kv_cache import kv_block_bytes, num_blocks_that_fit
+from tprt.sharding import RankShard, ShardPlan, legal_world_sizes, make_shard_plan, shape_of
+from tprt.worker.kv_cache import cpu_budget, kv_block_bytes
+from tprt.worker.memory_budget import MemoryBudget
 from tprt.worker.model_runner import resolve_dtype
+from tprt.worker.workspace import estimate_workspace, rotary_table_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
     """One rank's part: heads, channels and rows, and bytes.
 
-    `num_blocks` is what fits beside the weights into this rank's memory, None where that is not known.
+    `budget` is where the memory of its device goes, None where that is not known; `num_blocks` is what fits
+    into it, or what is set.
     """
 
     shard: RankShard
     weight_bytes: int
     kv_bytes_per_token: int
+    budget: MemoryBudget | None
     num_blocks: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentPlan:
-    """All ranks, and what they have in common.
-
-    `num_blocks` is the least of all ranks; the sequences of `max_model_len` tokens that it holds are
-    `max_full_sequences`. `imbalance` is the heaviest rank's weight bytes over the mean.
-    """
+    """All ranks, and what they have in common."""
 
     ranks: tuple[RankPlan, ...]
-    dtype: str
+    shards: ShardPlan
+    device: str
+    dtype: torch.dtype
     block_size: int
     max_model_len: int
     legal_world_sizes: tuple[int, int]
@@ -60,37 +64,19 @@ class DeploymentPlan:
         return min(known) if len(known) == len(self.ranks) else None
 
     @property
+    def num_tokens(self) -> int | None:
+        """The tokens that the KV blocks hold."""
+        return None if self.num_blocks is None else self.num_blocks * self.block_size
+
+    @property
     def max_full_sequences(self) -> int | None:
-        """Sequences of `max_model_len` tokens that fit at a time."""
+        """Sequences of `max_model_len` tokens that fit at a time: the largest batch at the maximum length."""
         if self.num_blocks is None:
             return None
         return self.num_blocks // -(-self.max_model_len // self.block_size)
 
 
-def plan_deployment(config: Config, memory_bytes: int | None = None) -> DeploymentPlan:
-    """Plan the deployment of `config` on devices with `memory_bytes` each (None: not known).
-
-    A number of KV blocks that is set, and the memory of CPU ranks, come from `config`.
-
-    Raises:
-        CheckpointError, ConfigError, ShardPlanError, UnsupportedModelError: it cannot be deployed.
-    """
-    checkpoint = read_checkpoint_config(config.model.path)
-    shape = shape_of(checkpoint)
-    parallel = config.parallel
-    plan = make_shard_plan(shape, parallel.tensor_parallel_size, parallel.rank_weights)
-    device = _device(config)
-    legal = legal_world_sizes(shape)
-    return DeploymentPlan(
-        ranks=tuple(_plan_rank(config, checkpoint, shard, device, memory_bytes) for shard in plan.shards),
-        dtype=str(resolve_dtype(config, checkpoint, device)).removeprefix("torch."),
-        block_size=config.cache.block_size,
-        max_model_len=resolve_max_model_len(checkpoint, config.model.max_model_len),
-        legal_world_sizes=(legal[0], legal[-1]),
-    )
-
-
-def _device(config: Config) -> torch.device:
+def planned_device(config: Config) -> torch.device:
     """Return the type of device that is planned for, whether or not this machine has one."""
     setting = config.runtime.device
     if setting == "auto":
@@ -98,36 +84,77 @@ def _device(config: Config) -> torch.device:
     return torch.device(setting)
 
 
+def plan_deployment(config: Config, memory: Sequence[RankMemory] | None = None) -> DeploymentPlan:
+    """Plan the deployment of `config`, whose `rank_weights` are numbers, on CUDA devices with `memory`.
+
+    A number of KV blocks that is set, and the memory of CPU ranks, come from `config`; `memory` has an entry
+    for each rank, or is None where nothing is known of it.
+
+    Raises:
+        CheckpointError, ConfigError, ShardPlanError, UnsupportedModelError: it cannot be deployed.
+    """
+    checkpoint = read_checkpoint_config(config.model.path)
+    shape = shape_of(checkpoint)
+    plan = make_shard_plan(shape, config.parallel.tensor_parallel_size, config.parallel.rank_weights)
+    device = planned_device(config)
+    dtype = resolve_dtype(config, checkpoint, device)
+    legal = legal_world_sizes(shape)
+    known: Sequence[RankMemory | None] = [None] * plan.world_size if memory is None else memory
+    ranks = zip(plan.shards, known, strict=True)
+    return DeploymentPlan(
+        ranks=tuple(_plan_rank(config, checkpoint, shard, dtype, rank_memory) for shard, rank_memory in ranks),
+        shards=plan,
+        device=device.type,
+        dtype=dtype,
+        block_size=config.cache.block_size,
+        max_model_len=resolve_max_model_len(checkpoint, config.model.max_model_len),
+        legal_world_sizes=(legal[0], legal[-1]),
+    )
+
+
 def _plan_rank(
     config: Config,
     checkpoint: CheckpointConfig,
     shard: RankShard,
-    device: torch.device,
-    memory_bytes: int | None,
+    dtype: torch.dtype,
+    memory: RankMemory | None,
 ) -> RankPlan:
-    dtype = resolve_dtype(config, checkpoint, device)
     weight_bytes = _weight_bytes(config, checkpoint, shard, dtype)
     block_bytes = kv_block_bytes(checkpoint, shard, config.cache.block_size, dtype)
+    budget: MemoryBudget | None = None
+    if planned_device(config).type == "cpu":
+        budget = cpu_budget(config.cache)
+    elif memory is not None:
+        budget = cuda_budget(config, shard, dtype, memory, weight_bytes)
+    num_blocks = config.cache.num_blocks
+    if num_blocks is None and budget is not None:
+        num_blocks = budget.num_blocks(block_bytes)
     return RankPlan(
         shard=shard,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=block_bytes // config.cache.block_size,
-        num_blocks=_num_blocks(config, device, weight_bytes, block_bytes, memory_bytes),
+        budget=budget,
+        num_blocks=num_blocks,
+    )
+
+
+def cuda_budget(
+    config: Config, shard: RankShard, dtype: torch.dtype, memory: RankMemory, weight_bytes: int
+) -> MemoryBudget:
+    """Return where the memory of a CUDA rank will go."""
+    checkpoint = read_checkpoint_config(config.model.path)
+    max_model_len = resolve_max_model_len(checkpoint, config.model.max_model_len)
+    return MemoryBudget(
+        total=memory.total,
+        limit=int(memory.total * config.cache.memory_fraction),
+        others=memory.others,
+        weights=weight_bytes + rotary_table_bytes(checkpoint, max_model_len),
+        workspace=estimate_workspace(checkpoint, shard, config.scheduler, dtype, max_model_len),
     )
 
 
 def _weight_bytes(config: Config, checkpoint: CheckpointConfig, shard: RankShard, dtype: torch.dtype) -> int:
     group = TPGroup(shard.rank, config.parallel.tensor_parallel_size)
-    parts = ModelParts(checkpoint, shard, group, make_attention_backend("auto", 1.0), max_model_len=1)
+    parts = ModelParts(checkpoint, shard, group, make_attention_backend("sdpa", 1.0), max_model_len=1)
     model = build_model(parts, dtype, torch.device("meta"))
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _num_blocks(
-    config: Config, device: torch.device, weight_bytes: int, block_bytes: int, memory_bytes: int | None
-) -> int | None:
-    if config.cache.num_blocks is not None or device.type == "cpu":
-        return num_blocks_that_fit(config.cache, block_bytes, device)
-    if memory_bytes is None:
-        return None
-    return max(0, int(memory_bytes * config.cache.memory_fraction) - weight_bytes) // block_bytes

@@ -1,92 +1,106 @@
-"""`tprt plan`: what each rank of a deployment will hold, as a table or as JSON, without loading anything."""
+"""`tprt plan`: what each rank of a deployment will hold and how fast it will be, without loading anything."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
+from tprt.config import Config
+from tprt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.plan import DeploymentPlan, RankPlan
-
-_MIB, _GIB = 2**20, 2**30
-_HEADINGS = ("rank", "q heads", "kv heads", "channels", "vocabulary", "weights MiB", "KV B/token", "blocks")
+    from launch.cuda_devices import CudaDevice
+    from launch.plan import DeploymentPlan
+    from launch.plan_memory import RankMemory
 
 
 def plan(
     config: ConfigArgument,
     memory_gib: Annotated[
-        float | None, typer.Option(help="Memory of each GPU; without it, KV blocks of GPUs are not planned.")
+        list[str] | None,
+        typer.Option(
+            metavar="GIB[,GIB...]",
+            help="Memory of the GPUs, one value or one for each rank; without it, that of this host's GPUs.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of the larger batch to predict.")] = 32,
+    context_len: Annotated[int, typer.Option(min=1, help="Tokens of each sequence to predict for.")] = 1024,
+    bandwidth_gbs: Annotated[
+        float | None, typer.Option(help="GB/s at which a device reads its memory; found out if not given.")
+    ] = None,
+    allreduce_us: Annotated[
+        float | None, typer.Option(help="Microseconds of one all-reduce; from a table if not given.")
     ] = None,
     as_json: JsonOption = False,
     set_: SetOption = None,
 ) -> None:
-    """Show what each rank will hold, without loading anything.
+    """Show what each rank will hold and how long a decode step will take, without loading anything.
 
-    KV blocks are those that fit into cache.memory_fraction of a GPU beside the weights, or into
-    cache.cpu_memory_gib of a CPU rank, unless cache.num_blocks is set. Workspace is not counted.
+    KV blocks are those that fit into cache.memory_fraction of a GPU beside weights and workspace, or into
+    cache.cpu_memory_gib of a CPU rank, unless cache.num_blocks is set.
     """
     # torch is imported for this command only
     from launch.plan import plan_deployment
+    from launch.plan_decode import DecodeOptions, forecast_decode
+    from launch.plan_table import print_plan, to_json
 
-    memory_bytes = None if memory_gib is None else int(memory_gib * _GIB)
-    planned = plan_deployment(load_config(config, set_ or ()), memory_bytes)
+    settings, devices, memory = _resolve(load_config(config, set_ or ()), memory_gib)
+    planned = plan_deployment(settings, memory)
+    options = DecodeOptions(batch_size, context_len, bandwidth_gbs, allreduce_us)
+    forecast = forecast_decode(settings, planned, options, devices, memory)
+    warnings = [*_capacity_warnings(planned), *forecast.warnings]
     if as_json:
-        print(json.dumps(_to_json(planned)))
+        print(json.dumps(to_json(planned, forecast, warnings)))
     else:
-        _print(planned)
+        print_plan(planned, forecast, warnings)
 
 
-def _rank_fields(rank: RankPlan) -> dict[str, int | None]:
-    shard = rank.shard
-    return {
-        "rank": shard.rank,
-        "q_heads": shard.q_heads.size,
-        "kv_heads": shard.kv_heads.size,
-        "mlp_channels": shard.mlp_channels.size,
-        "vocab_rows": shard.vocab_rows.size,
-        "weight_bytes": rank.weight_bytes,
-        "kv_bytes_per_token": rank.kv_bytes_per_token,
-        "num_blocks": rank.num_blocks,
-    }
+def _resolve(
+    config: Config, memory_gib: Sequence[str] | None
+) -> tuple[Config, Sequence[CudaDevice], Sequence[RankMemory] | None]:
+    """Return settings that leave nothing open, this host's GPUs if they matter, and the memory of each rank."""
+    from launch.cuda_devices import look_at_devices
+    from launch.plan import planned_device
+    from launch.plan_memory import detected_memory, given_memory, parse_memory_gib
+    from launch.rank_weights import fit_to_memory, resolve_rank_weights
+
+    num_ranks = config.parallel.tensor_parallel_size
+    if memory_gib:
+        config = _on_cuda(config)
+        totals = parse_memory_gib(memory_gib, num_ranks)
+        return fit_to_memory(config, totals), look_at_devices(), given_memory(totals)
+    if planned_device(config).type == "cpu":
+        return resolve_rank_weights(config, look=list), (), None
+    devices = look_at_devices()
+    config = resolve_rank_weights(config, look=lambda: devices)
+    return config, devices, detected_memory(devices, num_ranks) if devices else None
 
 
-def _to_json(planned: DeploymentPlan) -> dict[str, object]:
-    tokens = None if planned.num_blocks is None else planned.num_blocks * planned.block_size
-    return {
-        "ranks": [_rank_fields(rank) for rank in planned.ranks],
-        "dtype": planned.dtype,
-        "imbalance": round(planned.imbalance, 4),
-        "num_blocks": planned.num_blocks,
-        "num_tokens": tokens,
-        "max_model_len": planned.max_model_len,
-        "max_full_sequences": planned.max_full_sequences,
-        "legal_world_sizes": list(planned.legal_world_sizes),
-    }
+def _on_cuda(config: Config) -> Config:
+    """Return settings for GPUs, since their memory was given."""
+    if config.runtime.device == "cpu":
+        raise ConfigError(
+            "--memory-gib is the memory of GPUs and runtime.device is cpu; set cache.cpu_memory_gib instead"
+        )
+    runtime = config.runtime.model_copy(update={"device": "cuda"})
+    return config.model_copy(update={"runtime": runtime})
 
 
-def _print(planned: DeploymentPlan) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for name in _HEADINGS:
-        table.add_column(name, justify="right")
-    for rank in planned.ranks:
-        fields = _rank_fields(rank) | {"weight_bytes": round(rank.weight_bytes / _MIB)}
-        table.add_row(*("?" if value is None else f"{value:,}" for value in fields.values()))
-    Console().print(table)
-    low, high = planned.legal_world_sizes
-    print(f"{planned.dtype}; the heaviest rank has {planned.imbalance:.3f} times the mean of the weights")
-    print(f"this model can be split over {low} to {high} ranks")
-    if planned.num_blocks is None:
-        print("KV blocks depend on the memory of the GPUs: give it with --memory-gib")
-        return
-    print(
-        f"{planned.num_blocks:,} KV blocks hold {planned.num_blocks * planned.block_size:,} tokens:"
-        f" {planned.max_full_sequences:,} sequences of {planned.max_model_len:,}"
-    )
+def _capacity_warnings(planned: DeploymentPlan) -> list[str]:
+    if planned.num_blocks is None or planned.max_full_sequences:
+        return []
+    if not planned.num_blocks:
+        poorest = [rank.shard.rank for rank in planned.ranks if not rank.num_blocks]
+        return [
+            f"no KV block fits on ranks {poorest}: use more ranks, or raise cache.memory_fraction, or"
+            " cache.cpu_memory_gib on CPUs"
+        ]
+    return [
+        f"the KV blocks hold {planned.num_tokens:,} tokens, less than one sequence of max_model_len"
+        f" {planned.max_model_len:,}: longer ones end there"
+    ]

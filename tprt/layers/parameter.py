@@ -1,6 +1,6 @@
 """Parameters that know which part of which checkpoint tensor they hold.
 
-Knows nothing of files; a loader asks a parameter what it expects and hands it whole tensors or slices.
+Knows nothing of files: a loader reads off a parameter which bytes of which tensor go where.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tprt.sharding import Range
 
@@ -40,13 +40,6 @@ class ShardedParameter(nn.Parameter):
     """A parameter made of slices of checkpoint tensors, one for each shard id (None when there is one)."""
 
     shards: Mapping[ShardId, ShardSlice]
-
-    def weight_loader(self, loaded_weight: Tensor, shard_id: ShardId = None) -> None:
-        """Copy this rank's part of the whole tensor `loaded_weight` into place."""
-        part = self.shards[shard_id]
-        assert tuple(loaded_weight.shape) == part.full_shape, "the loader checks shapes before it copies"
-        source = loaded_weight.narrow(part.dim, part.source.start, part.source.size)
-        self.data.narrow(part.dim, part.dest, part.source.size).copy_(source)
 
 
 def sharded_parameter(shards: Mapping[ShardId, ShardSlice]) -> ShardedParameter:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tprt.errors import ShardPlanError
 from tprt.sharding.apportion import apportion, block_size_for, consecutive, fill_up
 from tprt.sharding.heads import split_heads
 from tprt.sharding.shape import ModelShape, Range, RankShard
+
+RankWeights = Sequence[float] | Literal["auto"] | None
 
 _MLP_BLOCKS_PER_RANK = 8
 _VOCAB_BLOCKS_PER_RANK = 8
@@ -37,10 +40,10 @@ class ShardPlan:
         return [shard.weight_elements(self.shape) for shard in self.shards]
 
 
-def make_shard_plan(
-    shape: ModelShape, world_size: int, rank_weights: Sequence[float] | None = None
-) -> ShardPlan:
+def make_shard_plan(shape: ModelShape, world_size: int, rank_weights: RankWeights = None) -> ShardPlan:
     """Split the model over `world_size` ranks in proportion to `rank_weights` (equal shares if None).
+
+    Every rank must split by the same numbers, so `auto` has to be resolved before ranks are started.
 
     Raises:
         ShardPlanError: the model cannot be split so, or the weights make no sense; says what is legal.
@@ -73,9 +76,14 @@ def _check_world_size(shape: ModelShape, world_size: int) -> None:
         )
 
 
-def _checked_weights(world_size: int, rank_weights: Sequence[float] | None) -> list[float]:
+def _checked_weights(world_size: int, rank_weights: RankWeights) -> list[float]:
     if rank_weights is None:
         return [1.0] * world_size
+    if rank_weights == "auto":
+        raise ShardPlanError(
+            "rank_weights is auto, and nobody has looked up the memory of the devices; give one number for each"
+            " rank, or start from LLM or the command line, which look it up"
+        )
     weights = [float(weight) for weight in rank_weights]
     if len(weights) != world_size or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise ShardPlanError(

@@ -7,6 +7,7 @@ raises; `Worker.phase` says where it was.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -18,6 +19,8 @@ from tprt.log import get_logger
 from tprt.messages import Shutdown, StepInput, StepOutput, WorkerReady
 from tprt.transport.channel import WorkerLink
 from tprt.transport.codec import decode, encode
+from tprt.transport.heartbeat import HeartbeatWriter, Phase
+from tprt.weights import LoadExchange
 from tprt.worker.model_runner import ModelRunner
 
 _LOG = get_logger(__name__)
@@ -29,22 +32,41 @@ _IDLE_WAIT_S = 60.0
 class Worker:
     """One rank between its lanes and its model."""
 
-    def __init__(self, config: Config, link: WorkerLink, epoch: int) -> None:
-        self.phase = "start"
+    def __init__(
+        self, config: Config, link: WorkerLink, epoch: int, beat: HeartbeatWriter | None = None
+    ) -> None:
+        """Assign only; `beat` is where the rank notes how far it is, for others to see."""
+        self._beat = beat or HeartbeatWriter.detached()
         self._config = config
         self._link = link
         self._epoch = epoch
         self._next_step = 0
         self._runner: ModelRunner
 
-    def prepare(self, checkpoint: CheckpointConfig, group: TPGroup, device: torch.device) -> None:
-        """Load the model, allocate KV blocks and tell the coordinator that this rank is ready."""
+    @property
+    def phase(self) -> Phase:
+        """What this rank is at."""
+        return self._beat.phase
+
+    def prepare(
+        self,
+        checkpoint: CheckpointConfig,
+        group: TPGroup,
+        device: torch.device,
+        exchange: LoadExchange | None = None,
+    ) -> None:
+        """Load the model, allocate KV blocks and tell the coordinator that this rank is ready.
+
+        `exchange` joins the ranks of this host while they load; it is closed afterwards.
+        """
         started_s = time.monotonic()
-        self.phase = "load"
+        group.observer = self._beat
+        self._beat.set_phase(Phase.LOAD)
         self._runner = ModelRunner(self._config, checkpoint, group, device)
-        weight_bytes = self._runner.load()
+        with exchange or nullcontext():
+            weight_bytes = self._runner.load(exchange, self._beat.on_progress)
         load_s = time.monotonic() - started_s
-        self.phase = "KV allocation"
+        self._beat.set_phase(Phase.KV_ALLOCATION)
         num_blocks, kv_bytes = self._runner.allocate_kv_blocks()
         ready = WorkerReady(self._epoch, group.rank, num_blocks, weight_bytes, kv_bytes, load_s)
         self._link.send_control(b"".join(encode(ready)), self._config.supervision.step_timeout_s)
@@ -61,10 +83,10 @@ class Worker:
             PeerLostError: the coordinator is gone.
         """
         while True:
-            self.phase = "idle"
+            self._beat.set_phase(Phase.IDLE)
             message = self._next_message()
             if isinstance(message, Shutdown):
-                self.phase = "shutdown"
+                self._beat.set_phase(Phase.SHUTDOWN)
                 return
             if message.epoch == self._epoch:
                 self._run_step(message)
@@ -83,7 +105,8 @@ class Worker:
         if step.step != self._next_step:
             raise SequenceGapError(f"received step {step.step}; expected step {self._next_step}")
         self._next_step += 1
-        self.phase = "decode" if step.num_decodes == len(step.query_lens) else "prefill"
+        is_decode = step.num_decodes == len(step.query_lens)
+        self._beat.begin_step(step.step, Phase.DECODE if is_decode else Phase.PREFILL)
         output = self._runner.execute(step)
         self._answer(output)
 

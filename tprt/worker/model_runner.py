@@ -5,6 +5,9 @@ Knows nothing of where steps come from and where outputs go.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
+
 import numpy as np
 import torch
 
@@ -16,14 +19,30 @@ from tprt.distributed import TPGroup
 from tprt.layers.embedding import ParallelLMHead
 from tprt.layers.linear import LinearBase
 from tprt.layers.sampler import Sampled, Sampler
+from tprt.log import get_logger
 from tprt.messages import StepInput, StepOutput
 from tprt.models import DecoderForCausalLM, ModelParts, build_model
 from tprt.sharding import make_shard_plan, shape_of
-from tprt.weights import load_dummy_weights, load_model
+from tprt.weights import LoadExchange, LoadReport, load_dummy_weights, load_model
 from tprt.worker.input_batch import InputBatch, InputBuilder
-from tprt.worker.kv_cache import allocate_kv_cache, kv_block_bytes, num_blocks_that_fit
+from tprt.worker.kv_cache import (
+    allocate_kv_cache,
+    allocate_on_all_ranks,
+    cpu_budget,
+    kv_block_bytes,
+    num_blocks_that_fit,
+    release_kv_cache,
+)
+from tprt.worker.memory_budget import CudaMemory, MemoryBudget, measure_budget
+from tprt.worker.workspace import largest_step
 
+_LOG = get_logger(__name__)
+OnProgress = Callable[[int, int], None]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _tell_nobody(done_bytes: int, total_bytes: int) -> None:
+    pass
 
 
 def resolve_dtype(config: Config, checkpoint: CheckpointConfig, device: torch.device) -> torch.dtype:
@@ -45,6 +64,7 @@ class ModelRunner:
         self._group = group
         self._device = device
         self._dtype = resolve_dtype(config, checkpoint, device)
+        self._max_model_len = resolve_max_model_len(checkpoint, config.model.max_model_len)
         self._plan = make_shard_plan(
             shape_of(checkpoint), config.parallel.tensor_parallel_size, config.parallel.rank_weights
         )
@@ -53,18 +73,20 @@ class ModelRunner:
         self._inputs = InputBuilder(config.cache.block_size, config.scheduler.max_num_seqs, device)
         self.model: DecoderForCausalLM
 
-    def load(self) -> int:
-        """Build the model and fill it; return the bytes of this rank's weights."""
+    def load(self, exchange: LoadExchange | None = None, on_progress: OnProgress = _tell_nobody) -> int:
+        """Build the model and fill it; return the bytes of this rank's weights.
+
+        `exchange` joins the ranks of this host, and `on_progress` is told (bytes in place, of how many).
+        """
         backend = make_attention_backend(
             self._config.runtime.attention_backend, self._checkpoint.head_dim**-0.5
         )
-        max_model_len = resolve_max_model_len(self._checkpoint, self._config.model.max_model_len)
-        parts = ModelParts(self._checkpoint, self._shard, self._group, backend, max_model_len)
+        parts = ModelParts(self._checkpoint, self._shard, self._group, backend, self._max_model_len)
         self.model = build_model(parts, self._dtype, self._device)
         if self._config.model.load_format == "dummy":
             load_dummy_weights(self.model)
         else:
-            load_model(self.model, self._config.model.path)
+            _log_load(load_model(self.model, self._config.model.path, exchange, on_progress))
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         for module in self.model.modules():
             if isinstance(module, LinearBase | ParallelLMHead):
@@ -72,12 +94,52 @@ class ModelRunner:
         return weight_bytes
 
     def allocate_kv_blocks(self) -> tuple[int, int]:
-        """Allocate the KV blocks that the poorest rank can hold; return their number and this rank's bytes."""
+        """Allocate the KV blocks that the poorest rank can hold; return their number and this rank's bytes.
+
+        Raises:
+            ConfigError: none fits; says where the memory went.
+        """
+        block_size, budget = self._config.cache.block_size, None
+        fitting = self._config.cache.num_blocks
+        if fitting is None:
+            budget = self._memory_budget()
+            fitting = self._num_blocks_that_fit(budget)
+        num_blocks, kv_bytes = allocate_on_all_ranks(
+            allocate=lambda number: allocate_kv_cache(self.model, number, block_size),
+            release=lambda: release_kv_cache(self.model),
+            least_of=self._group.min_int,
+            num_blocks=self._group.min_int(fitting),
+        )
+        if budget is not None and self._device.type != "cpu":
+            _LOG.info("memory of %s:\n  %s", self._device, "\n  ".join(budget.table(kv_bytes)))
+        return num_blocks, kv_bytes
+
+    def _memory_budget(self) -> MemoryBudget:
+        cache = self._config.cache
+        if self._device.type == "cpu":
+            return cpu_budget(cache)
+        return measure_budget(CudaMemory(self._device), cache.memory_fraction, self.run_largest_step)
+
+    def _num_blocks_that_fit(self, budget: MemoryBudget) -> int:
+        cache = self._config.cache
+        return num_blocks_that_fit(
+            budget,
+            kv_block_bytes(self._checkpoint, self._shard, cache.block_size, self._dtype),
+            cache,
+            self._max_model_len,
+            is_cpu=self._device.type == "cpu",
+        )
+
+    @torch.inference_mode()
+    def run_largest_step(self) -> None:
+        """Run the largest step there can be, on one KV block that is gone afterwards; all ranks together."""
         block_size = self._config.cache.block_size
-        block_bytes = kv_block_bytes(self._checkpoint, self._shard, block_size, self._dtype)
-        fitting = num_blocks_that_fit(self._config.cache, block_bytes, self._device)
-        num_blocks = self._group.min_int(fitting)
-        return num_blocks, allocate_kv_cache(self.model, num_blocks, block_size)
+        step = largest_step(self._config.scheduler, self._max_model_len, block_size)
+        allocate_kv_cache(self.model, 1, block_size)
+        try:
+            self._forward(self._inputs.build(step))
+        finally:
+            release_kv_cache(self.model)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
@@ -100,6 +162,15 @@ class ModelRunner:
             reset_context()
         sampled: Sampled = self._sampler(logits, batch.sampling)
         return sampled
+
+
+def _log_load(report: LoadReport) -> None:
+    speed, share = report.read_bytes / report.seconds, report.cached_bytes / max(report.read_bytes, 1)
+    _LOG.info(
+        "read %.1f MiB of a checkpoint of %.1f MiB in %.2f s (%.2f GB/s, %.0f %% from the page cache)",
+        *(report.read_bytes / 2**20, report.file_bytes / 2**20, report.seconds, speed / 1e9, 100 * share),
+        extra={"fields": asdict(report)},
+    )
 
 
 def _to_output(step: StepInput, sampled: Sampled) -> StepOutput:

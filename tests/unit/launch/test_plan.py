@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from launch.plan import plan_deployment
+from launch.plan_memory import RankMemory
 from tests.support.checkpoints import TinyModel, save_tiny
 from tests.support.local_engine import LocalEngine, make_config
 from tprt.checkpoint_config import read_checkpoint_config
-from tprt.config import CacheConfig, Config, ModelConfig, RuntimeConfig
+from tprt.config import CacheConfig, Config, ModelConfig, ParallelConfig, RuntimeConfig
 from tprt.distributed import TPGroup
 from tprt.errors import ShardPlanError
 from tprt.worker.model_runner import ModelRunner
@@ -51,15 +52,33 @@ def test_kv_blocks_are_those_that_a_start_allocates(folder: Path) -> None:
     assert planned.max_full_sequences == planned.num_blocks // (256 // 4)
 
 
-def test_a_gpu_is_planned_for_without_having_one(folder: Path) -> None:
-    config = Config(
+def on_gpus(folder: Path, world_size: int = 1, memory_fraction: float = 0.5) -> Config:
+    return Config(
         model=ModelConfig(path=str(folder), dtype="bfloat16"),
-        cache=CacheConfig(memory_fraction=0.5),
+        parallel=ParallelConfig(tensor_parallel_size=world_size),
+        cache=CacheConfig(memory_fraction=memory_fraction),
         runtime=RuntimeConfig(device="cuda"),
     )
-    assert plan_deployment(config).num_blocks is None
-    (rank,) = plan_deployment(config, memory_bytes=10**9).ranks
-    assert rank.num_blocks == (500_000_000 - rank.weight_bytes) // (16 * rank.kv_bytes_per_token)
+
+
+def test_a_gpu_is_planned_for_without_having_one(folder: Path) -> None:
+    assert plan_deployment(on_gpus(folder)).num_blocks is None
+    (rank,) = plan_deployment(on_gpus(folder), [RankMemory(10**9, 10**7)]).ranks
+    assert rank.budget is not None
+    tables = 2 * 256 * 16 * 4  # positions, head_dim, float32
+    assert rank.budget.weights == rank.weight_bytes + tables
+    left = 500_000_000 - 10**7 - rank.weight_bytes - tables - rank.budget.workspace
+    assert rank.num_blocks == left // (16 * rank.kv_bytes_per_token)
+    assert 0 < rank.budget.workspace < left
+
+
+def test_the_poorest_of_unequal_gpus_decides(folder: Path) -> None:
+    gpus = [RankMemory(10**9, 0), RankMemory(4 * 10**8, 0)]
+    planned = plan_deployment(on_gpus(folder, 2), gpus)
+    first, second = planned.ranks
+    assert first.num_blocks is not None
+    assert second.num_blocks is not None
+    assert planned.num_blocks == second.num_blocks < first.num_blocks
 
 
 def test_what_cannot_be_split_is_refused_with_the_legal_sizes(folder: Path) -> None:

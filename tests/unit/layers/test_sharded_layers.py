@@ -56,7 +56,10 @@ def plan_for(heads: tuple[int, int], world_size: int) -> ShardPlan:
 
 def load(parameter: torch.nn.Parameter | None, whole: Tensor, shard_id: str | int | None = None) -> None:
     assert isinstance(parameter, ShardedParameter)
-    parameter.weight_loader(whole, shard_id)
+    part = parameter.shards[shard_id]
+    assert whole.shape == part.full_shape
+    kept = whole.narrow(part.dim, part.source.start, part.source.size)
+    parameter.data.narrow(part.dim, part.dest, part.source.size).copy_(kept)
 
 
 def outputs_of(layer: LinearBase, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from tprt.errors import PeerLostError, SequenceGapError
 from tprt.messages import Message, Shutdown, StepInput, StepOutput, WorkerReady
 from tprt.transport.channel import WorkerHub
 from tprt.transport.codec import decode, encode
+from tprt.transport.heartbeat import AFTER_LAYERS, HeartbeatWriter, Phase
 from tprt.transport.inproc import make_inproc_group
 from tprt.worker.main import Worker
 
@@ -114,7 +115,67 @@ def test_every_rank_announces_itself_and_rank_0_answers_for_all(folder: Path) ->
         assert output.token_ids.tolist() == reference_tokens(model, PROMPT, 1)
         send(hub, Shutdown("done"))
         assert [rank.end() for rank in started] == [None, None]
-        assert {rank.worker.phase for rank in started} == {"shutdown"}
+        assert {rank.worker.phase for rank in started} == {Phase.SHUTDOWN}
+
+
+class PathThroughStep(HeartbeatWriter):
+    """A heartbeat that keeps the way of its rank."""
+
+    __slots__ = ("way",)
+
+    def __init__(self) -> None:
+        super().__init__(memoryview(bytearray(128)).cast("q"))
+        self.way: list[object] = []
+
+    def begin_step(self, step: int, phase: Phase) -> None:
+        self.way.append(step)
+        super().begin_step(step, phase)
+
+    def set_phase(self, phase: Phase) -> None:
+        self.way.append(phase)
+        super().set_phase(phase)
+
+    def enter_layer(self, layer: int) -> None:
+        self.way.append(("layer", layer))
+
+    def enter_collective(self, number: int, name: str) -> None:
+        self.way.append(name)
+
+    def leave_collective(self) -> None:
+        self.way.append("out")
+
+
+def test_the_heartbeat_of_a_rank_shows_its_phases_steps_layers_and_collectives(folder: Path) -> None:
+    hub, links = make_inproc_group(2)
+    beats = [PathThroughStep() for _ in links]
+    config = make_config(folder, 2)
+    started = [
+        Rank(Worker(config, link, EPOCH, beat), folder, group)
+        for link, beat, group in zip(links, beats, make_local_groups(2), strict=True)
+    ]
+    for rank in started:
+        rank.start()
+    send(hub, prompt_step())
+    send(hub, Shutdown())
+    assert [rank.end() for rank in started] == [None, None]
+    hub.close()
+    for link in links:
+        link.close()
+    for beat in beats:
+        way = beat.way
+        assert [entry for entry in way if isinstance(entry, Phase)] == [
+            *(Phase.LOAD, Phase.KV_ALLOCATION, Phase.IDLE, Phase.PREFILL, Phase.IDLE, Phase.SHUTDOWN)
+        ]
+        in_step = way[way.index(Phase.PREFILL) + 1 : way.index(Phase.SHUTDOWN) - 1]
+        assert way[way.index(Phase.PREFILL) - 1] == 0
+        reduced = ["all_reduce", "out"]
+        assert in_step[: 2 + 5 * 2 + 1] == [
+            *reduced,
+            *(("layer", 0), *reduced, *reduced),
+            *(("layer", 1), *reduced, *reduced),
+            ("layer", AFTER_LAYERS),
+        ]
+        assert in_step[-2:] == ["all_gather", "out"], "the sampler gathers one candidate of each rank"
 
 
 def test_a_step_of_another_epoch_is_dropped(folder: Path) -> None:

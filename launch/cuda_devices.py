@@ -1,0 +1,67 @@
+"""Which CUDA devices the ranks of this host will see, and what memory each has.
+
+`look_from_outside` asks a process of its own, as which this module runs too: the one that asks takes no memory
+on any device, and devices are numbered as the ranks will number them (CUDA puts the fastest first unless
+CUDA_DEVICE_ORDER says otherwise, and nvidia-smi does not). Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+from tprt.errors import ConfigError
+
+# torch is imported and every device opened; a driver that hangs must not hang the start.
+_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDevice:
+    """A device: its name, its memory, and how much of that is free, in bytes."""
+
+    name: str
+    total: int
+    free: int
+
+
+def look_at_devices() -> list[CudaDevice]:
+    """Return the devices that this process sees; it opens each of them to find out what is free."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        devices.append(CudaDevice(torch.cuda.get_device_name(index), int(total), int(free)))
+    return devices
+
+
+def look_from_outside(deadline_s: float = _DEADLINE_S) -> list[CudaDevice]:
+    """Return the devices that a process started from this one sees.
+
+    Raises:
+        ConfigError: it failed, or gave no answer in `deadline_s`.
+    """
+    command = [sys.executable, "-m", "launch.cuda_devices"]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=deadline_s, check=True, stdin=subprocess.DEVNULL
+        )
+        return [CudaDevice(**device) for device in json.loads(found.stdout)]
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"the CUDA devices of this host did not answer in {deadline_s:g} s; see whether nvidia-smi does, or"
+            " give parallel.rank_weights as numbers"
+        ) from None
+    except (subprocess.CalledProcessError, ValueError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise ConfigError(
+            f"the CUDA devices of this host cannot be looked at: {said.strip().splitlines()[-1]}; give"
+            " parallel.rank_weights as numbers"
+        ) from error
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(device) for device in look_at_devices()]))

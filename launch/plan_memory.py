@@ -1,0 +1,72 @@
+"""What memory each planned rank will find: as given on the command line, or as the devices of this host tell.
+
+Knows nothing of what the memory is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.cuda_devices import CudaDevice
+from tprt.errors import ConfigError
+
+_GIB = 2**30
+# Allowances: what CUDA, its libraries and loaded kernels take of a device without any tensor, and NCCL's
+# buffers where there are several ranks. A start measures both and writes them into its log.
+CONTEXT_BYTES = _GIB // 2
+NCCL_BYTES = _GIB // 2
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank's device, and those that its tensors will not get."""
+
+    total: int
+    others: int
+
+
+def parse_memory_gib(values: Sequence[str], num_ranks: int) -> list[int]:
+    """Return the bytes of each rank's device from GiB, given one by one or separated by commas.
+
+    Raises:
+        ConfigError: a value is no number above 0, or there is neither one for all nor one for each rank.
+    """
+    try:
+        sizes = [int(float(part) * _GIB) for value in values for part in value.split(",")]
+    except (ValueError, OverflowError):
+        sizes = []
+    if not sizes or min(sizes) <= 0:
+        raise ConfigError(f"--memory-gib {' '.join(values)}: expected GiB above 0, such as 80 or 80,80,48")
+    if len(sizes) not in (1, num_ranks):
+        raise ConfigError(
+            f"--memory-gib has {len(sizes)} values for {num_ranks} ranks; give one for all, or one for each"
+        )
+    return sizes * num_ranks if len(sizes) == 1 else sizes
+
+
+def given_memory(totals: Sequence[int]) -> list[RankMemory]:
+    """Return the memory of ranks on devices that nobody else uses."""
+    return [RankMemory(total, overhead_bytes(len(totals))) for total in totals]
+
+
+def detected_memory(devices: Sequence[CudaDevice], num_ranks: int) -> list[RankMemory]:
+    """Return the memory of ranks on `devices`, whose context this process has opened as a rank would.
+
+    Ranks beyond the devices of this host are planned for with the least of them.
+    """
+    found = [
+        RankMemory(device.total, max(device.total - device.free, CONTEXT_BYTES) + _nccl_bytes(num_ranks))
+        for device in devices[:num_ranks]
+    ]
+    least = min(found, key=lambda memory: memory.total - memory.others)
+    return found + [least] * (num_ranks - len(found))
+
+
+def overhead_bytes(num_ranks: int) -> int:
+    """Return what a rank takes of its device beside tensors."""
+    return CONTEXT_BYTES + _nccl_bytes(num_ranks)
+
+
+def _nccl_bytes(num_ranks: int) -> int:
+    return NCCL_BYTES if num_ranks > 1 else 0

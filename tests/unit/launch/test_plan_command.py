@@ -1,0 +1,137 @@
+"""`tprt plan` says what it knows, to people and to programs, and what its predictions rest on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from launch.plan_command import plan
+from tprt.errors import ConfigError
+
+QWEN3_600M = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "eos_token_id": 151645,
+}
+
+Plan = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Plan the model on GPUs that this machine need not have; returns what is printed."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_600M))
+    file = tmp_path / "deployment.yaml"
+    file.write_text(f"model: {{path: {tmp_path}, max_model_len: 8192}}\nruntime: {{device: cuda}}\n")
+    app = Typer()
+    app.command()(plan)
+
+    def run_plan(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [str(file), *arguments])
+        if result.exception is not None:
+            raise result.exception
+        return result.stdout
+
+    return run_plan
+
+
+def as_json(text: str) -> dict[str, Any]:
+    planned: dict[str, Any] = json.loads(text)
+    return planned
+
+
+def test_json_holds_everything_that_the_tables_show(run: Plan) -> None:
+    two = ("--set", "parallel.tensor_parallel_size=2", "--memory-gib", "80", "--batch-size", "64")
+    planned = as_json(run(*two, "--json"))
+    assert [rank["kv_heads"] for rank in planned["ranks"]] == [4, 4]
+    assert planned["num_tokens"] == 16 * planned["num_blocks"]
+    assert planned["max_full_sequences"] == planned["num_blocks"] // 512
+    assert planned["legal_world_sizes"] == [1, 16]
+    memory = planned["ranks"][0]["memory"]
+    assert memory["total"] == 80 * 2**30
+    assert memory["weights"] > planned["ranks"][0]["weight_bytes"] > 0
+    times = planned["decode"]["times"]
+    assert [(time["num_ranks"], time["batch_size"]) for time in times] == [
+        *((1, 1), (2, 1), (4, 1), (8, 1)),
+        *((1, 64), (2, 64), (4, 64), (8, 64)),
+    ]
+    shown = run(*two)
+    for value in (planned["num_blocks"], planned["num_tokens"], planned["max_full_sequences"]):
+        assert f"{value:,}" in shown
+    for line in planned["decode"]["assumptions"] + planned["warnings"]:
+        assert line in shown
+
+
+def test_a_small_model_is_said_to_be_slower_on_more_gpus(run: Plan) -> None:
+    planned = as_json(run("--json", "--memory-gib", "80"))
+    assert any("NCCL" in line for line in planned["decode"]["assumptions"])
+    slower = [
+        line for line in planned["warnings"] if line.startswith("more ranks will be slower: at batch 1, 2 ")
+    ]
+    assert len(slower) == 1
+    assert "take longer than 1 (" in slower[0]
+    fast = as_json(run("--json", "--memory-gib", "80", "--allreduce-us", "1"))
+    assert not any("at batch 1, 2 " in line for line in fast["warnings"])
+
+
+def test_the_warning_compares_with_nothing_that_does_not_fit(run: Plan) -> None:
+    planned = as_json(run("--json", "--memory-gib", "3.6", "--set", "parallel.tensor_parallel_size=2"))
+    fits = {time["num_ranks"]: time["fits"] for time in planned["decode"]["times"]}
+    assert fits[1] is False
+    assert not any("than 1 (" in line for line in planned["warnings"])
+
+
+def test_what_is_assumed_of_the_devices_can_be_given(run: Plan) -> None:
+    given = as_json(run("--json", "--bandwidth-gbs", "100", "--allreduce-us", "7", "--context-len", "1"))
+    one, two = given["decode"]["times"][:2]
+    assert one["read_ms"] == pytest.approx(596_000_000 * 2 / 100e9 * 1e3, rel=0.01)
+    assert two["all_reduce_ms"] == pytest.approx((2 * 28 + 2) * 0.007, abs=1e-4)
+
+
+def test_weights_are_fitted_to_the_memory_that_is_given(run: Plan) -> None:
+    settings = ("--set", "parallel.tensor_parallel_size=3", "--set", "parallel.rank_weights=auto")
+    planned = as_json(run("--json", *settings, "--memory-gib", "80,80,48"))
+    sizes = [rank["weight_bytes"] for rank in planned["ranks"]]
+    assert sizes[2] / sum(sizes) == pytest.approx(48 / 208, rel=0.05)
+    assert [rank["memory"]["total"] >> 30 for rank in planned["ranks"]] == [80, 80, 48]
+
+
+def test_without_memory_blocks_are_not_known_and_it_says_how_to_know_them(run: Plan) -> None:
+    assert as_json(run("--json"))["num_blocks"] is None
+    assert "give it with --memory-gib" in run()
+
+
+def test_too_little_memory_is_a_warning(run: Plan) -> None:
+    assert "no KV block fits on ranks [0]" in run("--memory-gib", "3")
+    few = run("--memory-gib", "4.5", "--set", "model.max_model_len=40000")
+    assert "less than one sequence of max_model_len 40,000" in few
+
+
+def test_the_memory_of_gpus_is_not_that_of_cpu_ranks(run: Plan) -> None:
+    with pytest.raises(ConfigError, match=r"runtime.device is cpu; set cache.cpu_memory_gib instead"):
+        run("--memory-gib", "80", "--set", "runtime.device=cpu")
+
+
+@pytest.mark.parametrize("option", ["--bandwidth-gbs=0", "--allreduce-us=-1"])
+def test_times_that_make_no_sense_are_refused(run: Plan, option: str) -> None:
+    with pytest.raises(ConfigError, match=option.partition("=")[0]):
+        run(option)
