@@ -2,5 +2,6 @@
 
 from tprt.attention.backend import AttentionBackend
 from tprt.attention.registry import make_attention_backend
+from tprt.attention.requirements import AttentionSetup
 
-__all__ = ["AttentionBackend", "make_attention_backend"]
+__all__ = ["AttentionBackend", "AttentionSetup", "make_attention_backend"]

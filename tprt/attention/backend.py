@@ -17,6 +17,10 @@ class AttentionBackend(ABC):
     """Computes attention for one device. One object serves all layers of a model."""
 
     name: ClassVar[str]
+    capturable: ClassVar[bool]
+    """Whether `write_kv` and `decode` may be captured in a CUDA graph: they never wait for the device and do
+    the same whatever the tensors hold. Such a backend takes padding: tokens with a slot of -1 are not written,
+    and a sequence whose entry in `context_lens` is 0 gets any finite result."""
 
     @abstractmethod
     def write_kv(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:

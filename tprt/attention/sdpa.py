@@ -33,6 +33,7 @@ class SdpaBackend(AttentionBackend):
     """`torch.nn.functional.scaled_dot_product_attention` over gathered blocks."""
 
     name: ClassVar[str] = "sdpa"
+    capturable: ClassVar[bool] = False
 
     def __init__(self, scale: float) -> None:
         self._scale = scale

@@ -130,5 +130,5 @@ def test_writing_touches_the_slots_of_the_tokens_and_no_others() -> None:
 
 
 def test_a_backend_that_does_not_exist_is_refused_with_those_that_do() -> None:
-    with pytest.raises(ConfigError, match="'magic'; there are: auto, sdpa"):
+    with pytest.raises(ConfigError, match="'magic'; there are: auto, flash_attn, flash_attn_3, sdpa, triton"):
         make_attention_backend("magic", 1.0)

@@ -1,0 +1,86 @@
+"""How the Triton kernels are cut: tile sizes, warps, pipeline stages and the number of splits.
+
+Follows from shapes and the device alone, never from data, so that a captured CUDA graph holds what an eager
+launch would run. Knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_MAX_SPLITS = 32
+_PROGRAMS_PER_PROCESSOR = 4
+# Compute capabilities whose processors have 160 KiB of shared memory or more.
+_LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What tiles depend on: the device's number of processors, and what each of them has."""
+
+    processors: int
+    large_shared_memory: bool
+    tensor_cores: bool
+    """As far as Triton uses them for 16-bit types."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Traits:
+        """Return the traits of `device`; those of an H100 for Triton's interpreter on a CPU."""
+        if device.type != "cuda":
+            return cls(132, True, True)
+        found = torch.cuda.get_device_properties(device)
+        capability = found.major, found.minor
+        return cls(found.multi_processor_count, capability in _LARGE_SHARED_MEMORY, capability >= (8, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The shape of one program: `rows` queries against `tokens` keys at a time."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+def padded(size: int) -> int:
+    """Return the power of two that holds `size`, and 16 at least: the least side of a matrix product."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def num_splits(batch_size: int, kv_heads: int, processors: int) -> int:
+    """Return into how many splits each sequence's tokens go, a power of two.
+
+    Enough for a few programs on each of the device's `processors`. The batch size counts as the next power of
+    two, so that a batch padded up to there is split as it would be unpadded.
+    """
+    programs = (1 << (batch_size - 1).bit_length()) * kv_heads
+    wanted = processors * _PROGRAMS_PER_PROCESSOR // programs
+    return min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+
+
+def decode_tile(group: int, head_dim: int, itemsize: int, traits: Traits) -> Tile:
+    """Return the tile of a decode with `group` query heads for each KV head."""
+    size, rows = padded(head_dim), padded(group)
+    if itemsize > 2 or not traits.tensor_cores:
+        return Tile(rows, 16, _vector_warps(size), 2)
+    return Tile(rows, min(64, 8192 // size), 4, 3)
+
+
+def prefill_tile(max_seqlen_q: int, head_dim: int, itemsize: int, traits: Traits) -> Tile:
+    """Return the tile of a prefill whose longest chunk has `max_seqlen_q` tokens."""
+    size = padded(head_dim)
+    if itemsize > 2 or not traits.tensor_cores:
+        return Tile(16, 16, _vector_warps(size), 2)
+    if not traits.large_shared_memory or size > 128:
+        return Tile(64, 32, 4, 2)
+    if max_seqlen_q <= 64:
+        return Tile(64, 64, 4, 2)
+    return Tile(128, 64, 8, 3)
+
+
+def _vector_warps(size: int) -> int:
+    """Without tensor cores everything is multiplied in registers: more warps where rows are long."""
+    return 4 if size <= 128 else 8
