@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from launch import bench_engine_command
+from launch.bench_rows import print_rows, split_numbers
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
 from tprt.errors import ConfigError
 
 app = typer.Typer(help="Measure, with a peer beside in the same run.", no_args_is_help=True)
+app.command()(bench_engine_command.throughput)
+app.command()(bench_engine_command.latency)
+app.command()(bench_engine_command.startup)
 
 
 @app.command("compare-hf")
@@ -31,7 +31,7 @@ def compare_hf(
     """Tokens per second beside transformers' generate, same model, dtype and threads."""
     from launch.bench_compare_hf import Workload, compare_with_hf
 
-    workloads = [Workload(batch, prompt_len, new_tokens) for batch in _split_numbers("--batches", batches)]
+    workloads = [Workload(batch, prompt_len, new_tokens) for batch in split_numbers("--batches", batches)]
     print_rows(compare_with_hf(load_config(config, set_ or ()), workloads, repeats), as_json)
 
 
@@ -50,8 +50,8 @@ def scaling(
     from launch.bench_compare_hf import Workload
     from launch.bench_scaling import bench_scaling
 
-    workloads = [Workload(batch, prompt_len, new_tokens) for batch in _split_numbers("--batches", batches)]
-    counts = _split_numbers("--ranks", ranks)
+    workloads = [Workload(batch, prompt_len, new_tokens) for batch in split_numbers("--batches", batches)]
+    counts = split_numbers("--ranks", ranks)
     print_rows(bench_scaling(load_config(config, set_ or ()), counts, workloads, repeats), as_json)
 
 
@@ -77,7 +77,7 @@ def broadcast(
     """
     from launch.bench_broadcast import Pace, bench_broadcast, bench_idle
 
-    counts, sizes = _split_numbers("--readers", readers), _split_numbers("--bytes", num_bytes)
+    counts, sizes = split_numbers("--readers", readers), split_numbers("--bytes", num_bytes)
     pace = Pace(gap_us / 1e6, seconds)
     rows = bench_idle(counts, min(sizes), pace) if idle else bench_broadcast(counts, sizes, pace)
     print_rows(rows, as_json)
@@ -124,26 +124,29 @@ def allreduce(
     if device != "cpu":
         raise ConfigError(f"--device {device}: the ranks of this benchmark compute on a cpu")
     print_rows(
-        run_allreduce_bench(_split_numbers("--readers", readers), _split_numbers("--bytes", num_bytes)), as_json
+        run_allreduce_bench(split_numbers("--readers", readers), split_numbers("--bytes", num_bytes)), as_json
     )
 
 
-def _split_numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from error
+@app.command("load")
+def load(
+    config: ConfigArgument,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "1,2,4",
+    repeats: Annotated[int, typer.Option(help="Rounds, each with every method once.")] = 3,
+    as_json: JsonOption = False,
+    set_: SetOption = None,
+) -> None:
+    """Time until all ranks have loaded the checkpoint, and the bytes it takes, cold and warm, beside peers.
 
+    Peers: whole tensors by safetensors' get_tensor, then narrow(); get_slice of exactly the shard; and
+    fastsafetensors and runai-model-streamer where they are installed. Ranks compute nothing and are on CPUs.
 
-def print_rows(rows: Sequence[Mapping[str, int | float | str]], as_json: bool) -> None:
-    """Print measurements as JSON lines, or as a table."""
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    `vs ...` is the wall time over that of reading all files once in one stream, or of a peer: less is better.
+    `own read` is what a rank read over what it kept of tensors of which no other rank needs the same bytes;
+    `all read` and `disk read`, over the size of all tensors, are what all ranks asked for and what the kernel
+    fetched for them. `MiB over` is the most resident memory of a rank less its parameters.
+    """
+    from launch.bench_load import bench_load, for_people
+
+    rows = bench_load(load_config(config, set_ or ()), split_numbers("--ranks", ranks), repeats)
+    print_rows(rows if as_json else [for_people(row) for row in rows], as_json)
