@@ -2,11 +2,11 @@
 
 Chunks are numbered alike on all ranks. Chunk `i` is read by rank `i % world_size` into slot `i % num_slots`.
 Every rank takes what it needs of every chunk, in order, and says so; a slot is used again when all have. Chunks
-that are in the page cache are not copied: that they are is passed on instead. Knows nothing of tensors and
-files.
+that are in the page cache are not copied: that they are is passed on instead, and needs no slot. Knows nothing
+of tensors and files.
 
     control page   a line of 64 bytes per rank: how many chunks it has taken
-    slots' pages   a line of 64 bytes per slot: number and code of the chunk in it
+    board          a word for each of the last 65,536 chunks: its number and where it is
     slots          `num_slots` buffers, each begins at a page
 """
 
@@ -25,10 +25,12 @@ from tprt.weights.read_plan import CHUNK_BYTES
 
 _NUM_SLOTS = 16
 _SLOT_BYTES = buffer_bytes(CHUNK_BYTES)
-_CONTROL_BYTES = 2 * mmap.PAGESIZE
+_BOARD_WORDS = 65_536
+_CONTROL_BYTES = mmap.PAGESIZE + 8 * _BOARD_WORDS
 _CODE_BITS = 24
 _IS_CACHED = (1 << _CODE_BITS) - 1
-_FIRST_SLEEP_S, _LONGEST_SLEEP_S = 5e-5, 1e-3
+# Sixteen slots hold tens of milliseconds of reading: nobody runs dry in such a sleep, and wake-ups cost CPU.
+_FIRST_SLEEP_S, _LONGEST_SLEEP_S = 1e-3, 4e-3
 
 
 class LoadExchange:
@@ -59,29 +61,36 @@ class LoadExchange:
         return chunk % self.world_size == self.rank
 
     def is_free(self, chunk: int) -> bool:
-        """Whether the slot of `chunk` can be written: every rank has taken the chunk that was in it."""
-        taken = min(self._taken[rank * LINE_WORDS] for rank in range(self.world_size))
-        if chunk >= taken + _NUM_SLOTS:
+        """Whether the slot of `chunk` can be written: what was in it was published, and every rank took it."""
+        before = chunk - _NUM_SLOTS
+        if before >= 0 and (self._all_have_taken() <= before or not self.is_published(before)):
             return False
         fence()
         return True
+
+    def may_publish(self, chunk: int) -> bool:
+        """Whether the word of `chunk` on the board is not needed by a rank that is far behind."""
+        return chunk < self._all_have_taken() + _BOARD_WORDS
+
+    def _all_have_taken(self) -> int:
+        return min(self._taken[rank * LINE_WORDS] for rank in range(self.world_size))
 
     def publish(self, chunk: int, start: int | None) -> None:
         """Say that `chunk` is in its slot from byte `start` on, or, for None, that it is in the page cache."""
         fence()
         code = _IS_CACHED if start is None else start
-        self._published[chunk % _NUM_SLOTS * LINE_WORDS] = (chunk + 1) << _CODE_BITS | code
+        self._published[chunk % _BOARD_WORDS] = (chunk + 1) << _CODE_BITS | code
 
     def is_published(self, chunk: int) -> bool:
         """Whether `chunk` can be taken."""
-        published = self._published[chunk % _NUM_SLOTS * LINE_WORDS] >> _CODE_BITS == chunk + 1
+        published = self._published[chunk % _BOARD_WORDS] >> _CODE_BITS == chunk + 1
         if published:
             fence()
         return published
 
     def start_of(self, chunk: int) -> int | None:
         """Return what `publish` was told of a chunk that is published."""
-        code = self._published[chunk % _NUM_SLOTS * LINE_WORDS] & _IS_CACHED
+        code = self._published[chunk % _BOARD_WORDS] & _IS_CACHED
         return None if code == _IS_CACHED else code
 
     def take(self, chunk: int) -> None:

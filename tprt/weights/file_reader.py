@@ -11,6 +11,9 @@ import contextlib
 import errno
 import mmap
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +22,8 @@ from tprt.weights.memory_advice import cached_bytes
 
 # What O_DIRECT wants of offsets, lengths and addresses, on every device that is in use.
 ALIGNMENT = 4096
-# One system call reads this much at most, so that progress is seen on a slow disk.
-_READ_BYTES = 2 * 2**20
+# One system call reads this much at most: a chunk. Smaller ones keep the disk less busy.
+_READ_BYTES = 4 * 2**20
 # A range of which this share is cached goes through the cache.
 _CACHED_SHARE = 0.9
 _MADV_POPULATE_READ = 22
@@ -58,6 +61,8 @@ class FileReader:
         self._file = file
         self._direct_fd = -1
         self._direct_works = False
+        self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
         try:
             self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -79,16 +84,29 @@ class FileReader:
         cached = cached_bytes(self._fd, start, stop - start)
         return cached is not None and cached >= (stop - start) * _CACHED_SHARE
 
-    def map(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
-        """Map bytes `start` to `stop`, which are cached; return the mapping and where they begin in it.
+    @contextmanager
+    def mapped(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Give access to bytes `start` to `stop`, which are cached, without copying them.
 
-        Changes to the mapping stay private. It ends with its last reference.
+        The file is mapped once, since to map and unmap stops all threads of the process each time; what was used
+        is let go of, so that it does not count as this process's memory.
         """
-        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        mapping = mmap.mmap(self._fd, stop - first, access=mmap.ACCESS_COPY, offset=first)
+        with self._lock:
+            if self._mapping is None:
+                self._mapping = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
         with contextlib.suppress(OSError):  # before Linux 5.14
-            mapping.madvise(_MADV_POPULATE_READ)
-        return mapping, start - first
+            self._mapping.madvise(_MADV_POPULATE_READ, first, stop - first)
+        yield memoryview(self._mapping)[start:stop]
+        self._mapping.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+    def copy_cached(self, dest: memoryview, start: int) -> None:
+        """Fill `dest` with the bytes from `start` on, which are cached, by way of the cache.
+
+        Raises:
+            CheckpointError: as `read` does.
+        """
+        self._fill(dest, start)
 
     def read(self, buffer: memoryview, start: int, stop: int) -> ReadResult:
         """Read bytes `start` to `stop` into `buffer`, which begins at a multiple of `ALIGNMENT`.

@@ -16,7 +16,6 @@ from torch import nn
 from tprt.weights.checkpoint import open_checkpoint
 from tprt.weights.exchange import LoadExchange
 from tprt.weights.matching import match_tensors
-from tprt.weights.memory_advice import huge_pages_pay, prefer_huge_pages
 from tprt.weights.placement import Placement
 from tprt.weights.read_plan import ReadPlan, kept_bytes, make_read_plan
 from tprt.weights.reading import Reading
@@ -46,9 +45,6 @@ def load_model(
     started_s = time.monotonic()
     checkpoint = open_checkpoint(path)
     matches = match_tensors(model, checkpoint)
-    if any(parameter.device.type == "cpu" for parameter in model.parameters()) and huge_pages_pay():
-        for parameter in model.parameters():
-            prefer_huge_pages(parameter)
     plan = make_read_plan(matches)
     own_bytes, shared_bytes = _kept_bytes(plan, shared=False), _kept_bytes(plan, shared=True)
     placement = Placement()

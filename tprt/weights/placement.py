@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tprt.errors import CheckpointError
 from tprt.sharding import Range
 from tprt.weights.matching import Match
+from tprt.weights.memory_advice import populate
 from tprt.weights.read_plan import CHUNK_BYTES, Piece, kept_bytes, wanted_rows
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,22 +35,33 @@ class Placement:
 
     def put(self, piece: Piece, raw: Tensor) -> None:
         """Copy what this rank keeps of `piece`, whose bytes are `raw` (uint8), into its parameter."""
-        match, part = piece.match, piece.match.part
-        wanted = wanted_rows(match)
-        rows = Range(max(piece.rows.start, wanted.start), min(piece.rows.stop, wanted.stop))
+        match, part, rows = piece.match, piece.match.part, _kept_rows(piece)
         if rows.size <= 0:
             return
         source = _typed(raw, _DTYPES[match.entry.dtype]).view(piece.rows.size, *match.entry.shape[1:])
         source = source.narrow(0, rows.start - piece.rows.start, rows.size)
-        dest = match.parameter.data
-        if part.dim == 0:
-            dest = dest.narrow(0, part.dest + rows.start - part.source.start, rows.size)
-        else:
+        if part.dim != 0:
             source = source.narrow(part.dim, part.source.start, part.source.size)
-            dest = dest.narrow(part.dim, part.dest, part.source.size).narrow(0, rows.start, rows.size)
-        self._copy(dest, source)
+        self._copy(_place_of(match, rows), source)
+        self._account(piece, rows)
+
+    def put_directly(self, piece: Piece, fill: Callable[[memoryview], None]) -> bool:
+        """Have the parameter's own memory filled with a piece's bytes, if they lie there as in the file."""
+        match, rows = piece.match, piece.rows
+        place = match.parameter.data
+        if place.device.type != "cpu" or place.dtype != _DTYPES[match.entry.dtype] or match.part.dim != 0:
+            return False
+        if rows != _kept_rows(piece):
+            return False
+        place = _place_of(match, rows)
+        populate(place)
+        fill(memoryview(place.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._account(piece, rows)
+        return True
+
+    def _account(self, piece: Piece, rows: Range) -> None:
         with self._lock:
-            self._rows[match].append(rows)
+            self._rows[piece.match].append(rows)
             self.placed_bytes += kept_bytes(piece)
 
     def finish(self, matches: Collection[Match]) -> None:
@@ -73,6 +85,8 @@ class Placement:
 
     def _copy(self, dest: Tensor, source: Tensor) -> None:
         if dest.device.type != "cuda":
+            if dest.is_contiguous():
+                populate(dest)
             dest.copy_(source)
             return
         copier = getattr(self._local, "copier", None)
@@ -81,6 +95,20 @@ class Placement:
             with self._lock:
                 self._copiers.append(copier)
         copier.copy(dest, source)
+
+
+def _kept_rows(piece: Piece) -> Range:
+    """Return which of a piece's rows this rank keeps something of; none if the size is not above 0."""
+    wanted = wanted_rows(piece.match)
+    return Range(max(piece.rows.start, wanted.start), min(piece.rows.stop, wanted.stop))
+
+
+def _place_of(match: Match, rows: Range) -> Tensor:
+    """Return where rows of the whole tensor go in the parameter."""
+    part, whole = match.part, match.parameter.data
+    if part.dim == 0:
+        return whole.narrow(0, part.dest + rows.start - part.source.start, rows.size)
+    return whole.narrow(part.dim, part.dest, part.source.size).narrow(0, rows.start, rows.size)
 
 
 def _tiles(ranges: Iterable[Range], whole: Range) -> bool:

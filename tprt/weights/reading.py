@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +19,11 @@ from torch import Tensor
 from tprt.weights.exchange import LoadExchange, Patience
 from tprt.weights.file_reader import FileReader, ReadResult, buffer_bytes
 from tprt.weights.placement import Placement
-from tprt.weights.read_plan import Chunk, ReadPlan
+from tprt.weights.read_plan import Chunk, Piece, ReadPlan
 
 _NUM_READERS = 4
-_Task = tuple[Chunk, int | None]
+# Of these so many at a time take from the page cache: that waits for no disk, only for a core.
+_NUM_COPIERS = 2
 
 
 class _StoppedError(Exception):
@@ -42,8 +45,15 @@ class Reading:
         self._placement = placement
         self._exchange = exchange
         self._files: dict[Path, FileReader] = {}
-        self._tasks = self._make_tasks()
+        self._own_left = deque(plan.own)
+        self._shared_left: deque[tuple[int, Chunk]] = deque()
+        if exchange is None:
+            self._own_left += plan.shared
+        else:
+            mine = ((number, chunk) for number, chunk in enumerate(plan.shared) if exchange.is_mine(number))
+            self._shared_left += mine
         self._lock = threading.Lock()
+        self._copiers = threading.Semaphore(_NUM_COPIERS)
         self._error: BaseException | None = None
         self._on_progress: Callable[[], None] = lambda: None
 
@@ -72,16 +82,6 @@ class Reading:
         if self._error is not None:
             raise self._error
 
-    def _make_tasks(self) -> Iterator[_Task]:
-        """Yield what this rank reads, in the order of the files; with a number what it reads for all ranks."""
-        tasks: list[_Task] = [(chunk, None) for chunk in self._plan.own]
-        for number, chunk in enumerate(self._plan.shared):
-            if self._exchange is None:
-                tasks.append((chunk, None))
-            elif self._exchange.is_mine(number):
-                tasks.append((chunk, number))
-        return iter(sorted(tasks, key=lambda task: (str(task[0].file), task[0].start)))
-
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
@@ -92,41 +92,58 @@ class Reading:
                 self._error = self._error or error
 
     def _read_tasks(self) -> None:
+        """Read what all ranks wait for as soon as there is a slot for it, and between that this rank's own."""
         buffer = _landing_buffer(self._plan.largest_chunk_bytes)
-        while True:
+        while self._error is None:
             with self._lock:
-                task = next(self._tasks, None)
-            if task is None or self._error is not None:
+                shared = self._next_shared()
+                own = self._own_left.popleft() if shared is None and self._own_left else None
+            if shared is not None:
+                self._read_for_all(*shared)
+            elif own is not None:
+                self._read_own(own, buffer)
+            elif not self._shared_left:
                 return
-            chunk, number = task
-            if number is None:
-                self._read_own(chunk, buffer)
             else:
-                self._read_for_all(chunk, number)
+                self._wait_for_slot()
 
-    def _read_own(self, chunk: Chunk, buffer: Tensor) -> None:
-        file = self._files[chunk.file]
-        if file.is_cached(chunk.start, chunk.stop):
-            self._count(chunk, ReadResult(0, chunk.num_bytes, chunk.num_bytes))
-            self._place_mapped(chunk)
-            return
-        result = file.read(_memory_of(buffer), chunk.start, chunk.stop)
-        self._count(chunk, result)
-        self._place(chunk, buffer[result.start :])
+    def _next_shared(self) -> tuple[int, Chunk, bool] | None:
+        """Return the next chunk that this rank reads for all, if that can be now, and whether it is cached."""
+        if not self._shared_left:
+            return None
+        assert self._exchange is not None
+        number, chunk = self._shared_left[0]
+        is_cached = self._exchange.may_publish(number) and self._is_cached(chunk)
+        if not is_cached and not self._exchange.is_free(number):
+            return None
+        self._shared_left.popleft()
+        return number, chunk, is_cached
 
-    def _read_for_all(self, chunk: Chunk, number: int) -> None:
+    def _wait_for_slot(self) -> None:
         exchange = self._exchange
         assert exchange is not None
         patience = Patience(exchange.timeout_s)
-        while not exchange.is_free(number):
+        while self._shared_left and not exchange.is_free(self._shared_left[0][0]):
             self._stop_if_failed()
-            patience.wait(exchange.describe_slowest(number))
-        file = self._files[chunk.file]
-        if file.is_cached(chunk.start, chunk.stop):
+            patience.wait(exchange.describe_slowest(self._shared_left[0][0]))
+
+    def _read_own(self, chunk: Chunk, buffer: Tensor) -> None:
+        if self._is_cached(chunk):
+            self._count(chunk, ReadResult(0, chunk.num_bytes, chunk.num_bytes))
+            self._place_cached(chunk)
+            return
+        result = self._files[chunk.file].read(_memory_of(buffer), chunk.start, chunk.stop)
+        self._count(chunk, result)
+        self._place(chunk, buffer[result.start :])
+
+    def _read_for_all(self, number: int, chunk: Chunk, is_cached: bool) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        if is_cached:
             self._count(chunk, ReadResult(0, chunk.num_bytes, chunk.num_bytes))
             exchange.publish(number, None)
             return
-        result = file.read(exchange.slot(number), chunk.start, chunk.stop)
+        result = self._files[chunk.file].read(exchange.slot(number), chunk.start, chunk.stop)
         self._count(chunk, result)
         exchange.publish(number, result.start)
 
@@ -134,21 +151,39 @@ class Reading:
         exchange = self._exchange
         assert exchange is not None
         for number, chunk in enumerate(self._plan.shared):
-            patience = Patience(exchange.timeout_s)
-            while not exchange.is_published(number):
-                self._stop_if_failed()
-                reader = number % exchange.world_size
-                patience.wait(f"rank {reader} has not read chunk {number} of {chunk.file.name}")
-            start = exchange.start_of(number)
-            if start is None:
-                self._place_mapped(chunk)
+            if self._is_cached(chunk):
+                self._place_cached(chunk)
             else:
-                self._place(chunk, torch.frombuffer(exchange.slot(number), dtype=torch.uint8)[start:])
+                self._take_from_slot(exchange, number, chunk)
             exchange.take(number)
 
-    def _place_mapped(self, chunk: Chunk) -> None:
-        mapping, start = self._files[chunk.file].map(chunk.start, chunk.stop)
-        self._place(chunk, _bytes_of(mapping)[start:])
+    def _take_from_slot(self, exchange: LoadExchange, number: int, chunk: Chunk) -> None:
+        patience = Patience(exchange.timeout_s)
+        while not exchange.is_published(number):
+            self._stop_if_failed()
+            reader = number % exchange.world_size
+            patience.wait(f"rank {reader} has not read chunk {number} of {chunk.file.name}")
+        start = exchange.start_of(number)
+        if start is None:
+            self._place_cached(chunk)
+        else:
+            self._place(chunk, torch.frombuffer(exchange.slot(number), dtype=torch.uint8)[start:])
+
+    def _is_cached(self, chunk: Chunk) -> bool:
+        return self._files[chunk.file].is_cached(chunk.start, chunk.stop)
+
+    def _place_cached(self, chunk: Chunk) -> None:
+        file = self._files[chunk.file]
+        for piece in chunk.pieces:
+            self._place_cached_piece(file, piece)
+        self._on_progress()
+
+    def _place_cached_piece(self, file: FileReader, piece: Piece) -> None:
+        with self._copiers:
+            if self._placement.put_directly(piece, partial(file.copy_cached, start=piece.start)):
+                return
+            with file.mapped(piece.start, piece.stop) as raw:
+                self._placement.put(piece, torch.frombuffer(raw, dtype=torch.uint8))
 
     def _place(self, chunk: Chunk, raw: Tensor) -> None:
         for piece in chunk.pieces:
