@@ -27,9 +27,14 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`query` `[T, h, D]`, `key` and `value` `[T, kv, D]`, to `[T, h, D]`."""
+        slots = get_context().slot_mapping
+        if slots is not None:
+            self._backend.write_kv(key, value, self.kv_cache, slots)
+        return self.attend(query, key, value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend when `key` and `value` have been stored already, as `forward` would have done it."""
         context = get_context()
-        if context.slot_mapping is not None:
-            self._backend.write_kv(key, value, self.kv_cache, context.slot_mapping)
         if context.is_prefill:
             return self._backend.prefill((query, key, value), self.kv_cache, context)
         return self._backend.decode(query, self.kv_cache, context)

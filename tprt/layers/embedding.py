@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tprt import kernels
 from tprt.context import get_context
 from tprt.distributed import TPGroup
-from tprt.layers.packed_weight import PackedWeight, can_pack
+from tprt.layers.packed_weight import PackedWeight, can_pack, multiply_plain
 from tprt.layers.parameter import ShardedParameter, ShardSlice, sharded_parameter
 from tprt.sharding import Range
 
@@ -29,10 +30,18 @@ class VocabParallelEmbedding(nn.Module):
         """`token_ids` `[T]` to `[T, H]`."""
         if self._group.world_size == 1:
             return functional.embedding(token_ids, self.weight)
+        return self._group.all_reduce(self._look_up_own(token_ids))
+
+    def _look_up_own(self, token_ids: Tensor) -> Tensor:
+        """Return what this rank has, zeros for the other tokens."""
+        if kernels.can_use(self.weight):
+            from tprt.kernels.embedding import look_up_own
+
+            return look_up_own(token_ids, self.weight, self._rows.start)
         local = token_ids - self._rows.start
         foreign = (local < 0) | (local >= self._rows.size)
         found = functional.embedding(local.masked_fill(foreign, 0), self.weight)
-        return self._group.all_reduce(found.masked_fill_(foreign.unsqueeze(-1), 0.0))
+        return found.masked_fill_(foreign.unsqueeze(-1), 0.0)
 
 
 class ParallelLMHead(nn.Module):
@@ -62,7 +71,7 @@ class ParallelLMHead(nn.Module):
         chosen = hidden if (indices := _logits_indices(hidden)) is None else hidden[indices]
         if self._packed is not None:
             return self._packed.multiply(chosen)
-        return functional.linear(chosen, self.weight)
+        return multiply_plain(chosen, self.weight)
 
 
 def _logits_indices(hidden: Tensor) -> Tensor | None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tprt.distributed import TPGroup
-from tprt.layers.packed_weight import PackedWeight, can_pack
+from tprt.layers.packed_weight import PackedWeight, can_pack, multiply_plain
 from tprt.layers.parameter import ShardedParameter, ShardId, ShardSlice, sharded_parameter, whole_slice
 from tprt.sharding import Range
 
@@ -45,7 +44,7 @@ class LinearBase(nn.Module):
         if self._packed is not None:
             return self._packed.multiply(x, bias)
         assert self.weight is not None
-        return functional.linear(x, self.weight, bias)
+        return multiply_plain(x, self.weight, bias)
 
 
 class ReplicatedLinear(LinearBase):

@@ -1,13 +1,17 @@
-"""Weights in oneDNN's blocked layout, for CPUs.
+"""Multiplying by a weight: in oneDNN's blocked layout on CPUs, as it lies elsewhere.
 
-At 1 to 64 rows a multiplication by a weight that was packed once is 1.5 to 4 times as fast as
-`functional.linear`, and a row's result does not depend on how many rows there are. Knows nothing of layers.
+On a CPU, at 1 to 64 rows, a multiplication by a weight that was packed once is 1.5 to 4 times as fast as
+`functional.linear`, and a row's result does not depend on how many rows there are. On a GPU a few rows are
+multiplied by a kernel of our own, where that is faster than cuBLAS. Knows nothing of layers.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from tprt import kernels
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,3 +36,13 @@ class PackedWeight:
         """Return `x W^T + bias`: `[T, in]` to `[T, out]`."""
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, "none", [], "")
         return result
+
+
+def multiply_plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x W^T + bias` for a weight `[out, in]` that was not packed: `[T, in]` to `[T, out]`."""
+    if kernels.can_use(x):
+        from tprt.kernels.gemv import can_multiply, multiply_rows
+
+        if can_multiply(x, weight):
+            return multiply_rows(x, weight, bias)
+    return functional.linear(x, weight, bias)

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated against each other.
 
-Cosines and sines are looked up once a step and shared by all layers. Knows nothing of attention.
+What the layers of a step share is in `Rotation`. Knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -25,11 +25,32 @@ class RotaryEmbedding(nn.Module):
         self._cos = torch.cat([angles.cos(), angles.cos()], dim=-1).to(torch.get_default_device())
         self._signed_sin = torch.cat([-angles.sin(), angles.sin()], dim=-1).to(torch.get_default_device())
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Look up `positions` `[T]`: cosines and signed sines, each `[T, 1, D]`, in `dtype`."""
-        cos = self._cos.index_select(0, positions).unsqueeze(1)
-        signed_sin = self._signed_sin.index_select(0, positions).unsqueeze(1)
-        return cos.to(dtype), signed_sin.to(dtype)
+    def forward(self, positions: Tensor) -> Rotation:
+        """Return the rotation of tokens at `positions` `[T]`."""
+        return Rotation(self._cos, self._signed_sin, positions)
+
+
+class Rotation:
+    """How the tokens of one step are rotated, in all layers alike.
+
+    Attributes:
+        cos, signed_sin: the tables `[P, D]`, in float32.
+        positions: `[T]` int64.
+    """
+
+    def __init__(self, cos: Tensor, signed_sin: Tensor, positions: Tensor) -> None:
+        self.cos = cos
+        self.signed_sin = signed_sin
+        self.positions = positions
+        self._looked_up: tuple[Tensor, Tensor] | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotate the heads `x` `[T, h, D]`; cosines and sines are looked up by the first layer of a step."""
+        if self._looked_up is None or self._looked_up[0].dtype != x.dtype:
+            tables = (table.index_select(0, self.positions) for table in (self.cos, self.signed_sin))
+            cos, signed_sin = (rows.unsqueeze(1).to(x.dtype) for rows in tables)
+            self._looked_up = cos, signed_sin
+        return apply_rotary(x, *self._looked_up)
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tprt import kernels
 from tprt.distributed import TPGroup
 from tprt.layers.noise import gumbel_noise
 from tprt.sharding import Range
@@ -66,56 +67,95 @@ class Sampler(nn.Module):
 
     def forward(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """`logits` `[n, v]` of this rank's rows; log-probabilities are those of the unscaled logits."""
-        logits = logits.float()
+        if not kernels.can_use(logits):
+            logits = logits.float()
         if batch.num_top is None and not batch.any_truncated:
-            return Sampled(self._from_candidates(_perturbed(logits, batch, self._start)))
+            return Sampled(self._from_candidates(logits, batch))
         full = self._group.all_gather(logits, self._sizes)
-        kept = _truncated(full, batch) if batch.any_truncated else full
-        token_ids = _perturbed(kept, batch, 0).argmax(dim=-1)
+        token_ids = _choose(full, batch)
         if batch.num_top is None:
             return Sampled(token_ids)
-        return _with_logprobs(full, token_ids, batch.num_top)
+        return _with_logprobs(full.float(), token_ids, batch.num_top)
 
-    def _from_candidates(self, scores: Tensor) -> Tensor:
-        """Return the token of the largest of all ranks' `scores` `[n, v]`; the lowest id wins a tie."""
-        best, index = scores.max(dim=-1)
+    def _from_candidates(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Return the token of the best of all ranks' candidates; the lowest id wins a tie."""
         if self._group.world_size == 1:
-            return index
-        # float64 holds a float32 score and a token id exactly, so one exchange carries both.
-        candidate = torch.stack([best.double(), (index + self._start).double()], dim=-1)
-        gathered = self._group.all_gather(candidate, [2] * self._group.world_size)
+            return _choose(logits, batch)
+        gathered = self._group.all_gather(_candidates(logits, batch, self._start), [2] * self._group.world_size)
         ranks = gathered.view(-1, self._group.world_size, 2)
         winner = ranks[..., 0].argmax(dim=-1, keepdim=True)
         return ranks[..., 1].gather(1, winner).squeeze(1).long()
 
 
+def _choose(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """Return the tokens `[n]` drawn from whole rows."""
+    if kernels.can_use(logits):
+        return _sample_by_kernel(logits, batch, 0, as_candidates=False)
+    kept = _truncated(logits, batch) if batch.any_truncated else logits
+    return _perturbed(kept, batch, 0).argmax(dim=-1)
+
+
+def _candidates(logits: Tensor, batch: SamplingBatch, first_id: int) -> Tensor:
+    """Return the best score and its token of each row, `[n, 2]`.
+
+    float64 holds a float32 score and a token id exactly, so one exchange carries both.
+    """
+    if kernels.can_use(logits):
+        return _sample_by_kernel(logits, batch, first_id, as_candidates=True)
+    best, index = _perturbed(logits, batch, first_id).max(dim=-1)
+    return torch.stack([best.double(), (index + first_id).double()], dim=-1)
+
+
+def _sample_by_kernel(logits: Tensor, batch: SamplingBatch, first_id: int, as_candidates: bool) -> Tensor:
+    from tprt.kernels.sampling import sample_tokens
+    from tprt.kernels.truncation import truncation_floors
+
+    logits, floors = logits.contiguous(), None
+    if batch.any_truncated:
+        floors = truncation_floors(logits, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps)
+    draw = (batch.temperatures, batch.noise_keys) if batch.any_random else None
+    return sample_tokens(logits, first_id, draw, floors, as_candidates)
+
+
 def _perturbed(logits: Tensor, batch: SamplingBatch, first_id: int) -> Tensor:
-    """Divide by the temperature and add noise, but leave greedy rows as they are."""
+    """Multiply by the inverse temperature and add noise, but leave greedy rows as they are."""
     if not batch.any_random:
         return logits
+    if logits.device.type != "cpu":
+        # Choosing the rows would wait for the device.
+        noise = gumbel_noise(batch.noise_keys, first_id, logits.shape[-1])
+        scores = logits * _inverse(batch.temperatures) + noise
+        return torch.where(batch.temperatures.unsqueeze(1) > 0, scores, logits)
     random_rows = batch.temperatures.nonzero().squeeze(1)
     noise = gumbel_noise(batch.noise_keys[random_rows], first_id, logits.shape[-1])
-    temperatures = batch.temperatures[random_rows].unsqueeze(1)
-    return logits.index_copy(0, random_rows, logits[random_rows] / temperatures + noise)
+    scores = logits[random_rows] * _inverse(batch.temperatures[random_rows]) + noise
+    return logits.index_copy(0, random_rows, scores)
 
 
 def _truncated(logits: Tensor, batch: SamplingBatch) -> Tensor:
     """Set what min-p, top-k and top-p exclude to minus infinity, in this order, after the temperature.
 
-    The most likely token always stays. Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751).
+    Tokens as likely as the last one that is kept are kept, and the most likely one always stays. Top-p is
+    nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751).
     """
-    temperatures = batch.temperatures.where(batch.temperatures > 0, torch.ones_like(batch.temperatures))
-    ordered, ids = logits.sort(dim=-1, descending=True)
-    probs = (ordered / temperatures.unsqueeze(1)).softmax(dim=-1)
-    rank_of = torch.arange(logits.shape[-1], device=logits.device).unsqueeze(0)
-    top_ks = batch.top_ks.where(batch.top_ks > 0, torch.full_like(batch.top_ks, logits.shape[-1]))
-    kept = (probs >= batch.min_ps.unsqueeze(1) * probs[:, :1]) & (rank_of < top_ks.unsqueeze(1))
+    ordered = logits.sort(dim=-1, descending=True).values
+    probs = (ordered * _inverse(batch.temperatures)).softmax(dim=-1)
+    size = logits.shape[-1]
+    last = torch.where(batch.top_ks > 0, batch.top_ks.clamp(max=size), size).unsqueeze(1) - 1
+    kept = (probs >= batch.min_ps.unsqueeze(1) * probs[:, :1]) & (ordered >= ordered.gather(1, last))
     probs = probs.masked_fill(~kept, 0.0)
     probs = probs / probs.sum(dim=-1, keepdim=True)
-    kept &= probs.cumsum(dim=-1) - probs < batch.top_ps.unsqueeze(1)
+    top_ps = batch.top_ps.unsqueeze(1)
+    # Sums are rounded: they may reach 1 before the last token.
+    kept &= (probs.cumsum(dim=-1) - probs < top_ps) | (top_ps >= 1)
     kept[:, 0] = True
-    ordered = ordered.masked_fill(~kept, float("-inf"))
-    return torch.empty_like(logits).scatter_(1, ids, ordered)
+    floor = ordered.masked_fill(~kept, float("inf")).amin(dim=-1, keepdim=True)
+    return logits.masked_fill(logits < floor, float("-inf"))
+
+
+def _inverse(temperatures: Tensor) -> Tensor:
+    """Return 1 / temperature `[n, 1]`, and 1 for greedy rows."""
+    return (1.0 / temperatures.where(temperatures > 0, torch.ones_like(temperatures))).unsqueeze(1)
 
 
 def _with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Sampled:

@@ -12,8 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from tprt import kernels
 from tprt.attention import AttentionBackend
 from tprt.checkpoint_config import CheckpointConfig
+from tprt.context import get_context
 from tprt.distributed import TPGroup
 from tprt.layers.activation import SiluAndMul
 from tprt.layers.attention import Attention
@@ -25,10 +27,8 @@ from tprt.layers.linear import (
 )
 from tprt.layers.norm import RMSNorm
 from tprt.layers.parameter import ShardId
-from tprt.layers.rotary import RotaryEmbedding, apply_rotary
+from tprt.layers.rotary import RotaryEmbedding, Rotation
 from tprt.sharding import Range, RankShard
-
-Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +71,40 @@ class DecoderAttention(nn.Module):
     def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         """`hidden` `[T, H]` to `[T, H]`."""
         heads = self.qkv_proj(hidden).view(len(hidden), -1, self._head_dim)
+        if kernels.can_use(heads):
+            attended = self.attn.attend(*self._prepare_in_one(heads, rotation))
+        else:
+            attended = self.attn(*self._prepare(heads, rotation))
+        result: Tensor = self.o_proj(attended.flatten(1))
+        return result
+
+    def _prepare(self, heads: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn `[T, h + 2 kv, D]` into queries `[T, h, D]`, keys and values `[T, kv, D]`, ready to attend."""
         num_q, num_kv = self._num_heads
         rotated, value = torch.split(heads, [num_q + num_kv, num_kv], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = torch.split(rotated, [num_q, num_kv], dim=1)
             rotated = torch.cat([self.q_norm(query), self.k_norm(key)], dim=1)
-        query, key = torch.split(apply_rotary(rotated, *rotation), [num_q, num_kv], dim=1)
-        attended: Tensor = self.attn(query, key, value)
-        result: Tensor = self.o_proj(attended.flatten(1))
-        return result
+        query, key = torch.split(rotation.apply(rotated), [num_q, num_kv], dim=1)
+        return query, key, value
+
+    def _prepare_in_one(self, heads: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Do the same and store keys and values, in one kernel; the keys count only where they are read."""
+        from tprt.kernels.qk_rotary import HeadNorms, RotaryTables, prepare_attention
+
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        context = get_context()
+        slots = context.slot_mapping
+        return prepare_attention(
+            heads,
+            self._num_heads,
+            RotaryTables(rotation.cos, rotation.signed_sin, rotation.positions),
+            norms,
+            cache=None if slots is None else (self.attn.kv_cache, slots),
+            keep_keys=context.is_prefill and context.block_tables is None,
+        )
 
 
 class DecoderMLP(nn.Module):
@@ -99,8 +124,19 @@ class DecoderMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` `[T, H]` to `[T, H]`."""
-        result: Tensor = self.down_proj(self.act_fn(self.gate_up_proj(hidden)))
+        result: Tensor = self.down_proj(self._gated(hidden))
         return result
+
+    def _gated(self, hidden: Tensor) -> Tensor:
+        """Project and activate: `[T, H]` to `[T, i]`."""
+        weight = self.gate_up_proj.weight
+        if weight is not None and self.gate_up_proj.bias is None and kernels.can_use(hidden):
+            from tprt.kernels.gated_gemv import can_multiply_gated, multiply_gated
+
+            if can_multiply_gated(hidden, weight):
+                return multiply_gated(hidden, weight)
+        activated: Tensor = self.act_fn(self.gate_up_proj(hidden))
+        return activated
 
 
 class DecoderLayer(nn.Module):
@@ -114,8 +150,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, residual: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Take and return (`hidden`, `residual`), both `[T, H]`, not yet added."""
+    def forward(self, hidden: Tensor | None, residual: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Take and return (`hidden`, `residual`), both `[T, H]`, not yet added; the first gets no `hidden`."""
         normed, residual = self.input_layernorm.add_forward(hidden, residual)
         attended = self.self_attn(normed, rotation)
         normed, residual = self.post_attention_layernorm.add_forward(attended, residual)
@@ -141,8 +177,8 @@ class DecoderModel(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """`token_ids` and `positions` `[T]` int64, to hidden states `[T, H]`."""
         residual: Tensor = self.embed_tokens(token_ids)
-        rotation = self.rotary_emb(positions, residual.dtype)
-        hidden = residual.new_zeros(())
+        rotation = self.rotary_emb(positions)
+        hidden: Tensor | None = None
         observer = self._group.observer
         for number, layer in enumerate(self.layers):
             observer.enter_layer(number)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tprt.distributed import TPGroup
 from tprt.distributed.local import make_local_groups
 from tprt.layers.noise import gumbel_noise, noise_keys
-from tprt.layers.sampler import Sampled, Sampler, SamplingBatch
+from tprt.layers.sampler import Sampled, Sampler, SamplingBatch, _truncated
 from tprt.sharding import Range
 
 VOCAB = 101
@@ -133,6 +133,23 @@ def test_min_p_drops_what_is_far_less_likely_than_the_best() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     drawn = {int(sample_four(logits, min_p=0.5, seed=seed)) for seed in range(200)}
     assert drawn == {0, 1}
+
+
+def test_tokens_as_likely_as_the_last_that_is_kept_are_kept_too() -> None:
+    logits = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log()
+    for limits in ({"top_k": 2}, {"top_p": 0.5}):
+        kept = _truncated(logits, batch([1.0], **limits))  # type: ignore[arg-type]
+        assert kept.equal(logits)
+    assert _truncated(logits, batch([1.0], top_p=0.4)).isinf().tolist() == [[False, True, True, True]]
+
+
+def test_a_row_without_limits_keeps_its_least_likely_tokens_beside_one_that_has_some() -> None:
+    torch.manual_seed(0)
+    logits, mixed = torch.randn(2, 20_000), batch([1.0, 1.0], top_p=0.5)
+    mixed.top_ps[0] = 1.0
+    kept = _truncated(logits, mixed)
+    assert kept[0].equal(logits[0])
+    assert kept[1].isinf().any()
 
 
 def sample_four(logits: Tensor, seed: int, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:

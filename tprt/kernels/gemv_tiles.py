@@ -1,0 +1,63 @@
+"""How `gemv.py` cuts its work, by the shape of the product alone. Knows nothing of Triton.
+
+`scripts/sweep_gemv.py` measures them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+_VECTOR_ROWS = 2
+_DOT_ROWS = 16
+# cuBLAS keeps every processor busy anyway where a weight has more numbers than this.
+_LARGE_WEIGHT = 96 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VectorTile:
+    """A program multiplies `columns` rows of the weight, `inputs` of each at a time, in registers."""
+
+    columns: int
+    inputs: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class DotTile:
+    """A program multiplies `columns` rows of the weight, `inputs` of each at a time, on tensor cores.
+
+    `splits` programs share the inputs.
+    """
+
+    columns: int
+    inputs: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def tile_for(rows: int, columns: int, inputs: int) -> VectorTile | DotTile | None:
+    """Return the tile for `[rows, inputs]` times `[columns, inputs]`; None where cuBLAS is as fast."""
+    if not 1 <= rows <= _DOT_ROWS or columns < 1 or inputs < 1:
+        return None
+    if rows <= _VECTOR_ROWS:
+        return _vector_tile(columns, inputs)
+    # Tensor cores read 16 bytes at a time: rows of the weight have to begin at multiples of them.
+    if inputs % 8 or columns * inputs > _LARGE_WEIGHT:
+        return None
+    return _dot_tile(columns, inputs)
+
+
+def _vector_tile(columns: int, inputs: int) -> VectorTile:
+    """Take all threads along the inputs, eight numbers each, and so few columns that programs are many."""
+    wide = 1024 if inputs > 512 else 256
+    return VectorTile(2 if columns <= 4096 else 4, wide, 4)
+
+
+def _dot_tile(columns: int, inputs: int) -> DotTile:
+    splits = 1
+    while -(-columns // 16) * splits < 256 and inputs // (2 * splits) >= 512:
+        splits *= 2
+    return DotTile(16, 256, splits, 2, 4)
