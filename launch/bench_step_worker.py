@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from launch.child import die_with_parent
 from launch.devices import threads_per_rank
+from launch.parent_death import die_with_parent
 from tprt.errors import PeerLostError, TransportError
 from tprt.messages import StepInput, StepOutput, WorkerReady
 from tprt.transport.codec import decode, encode
@@ -97,7 +97,7 @@ def run_steps(link: ShmWorkerLink, inputs: InputBuilder) -> list[tuple[int, int,
         batch = inputs.build(step)
         times.append((received_ns, decoded_ns, time.monotonic_ns()))
         token_ids = torch.full((len(batch.sampled_slots),), _TOKEN_ID)
-        inputs.keep_sampled(batch, token_ids)
+        inputs.keep_sampled(batch.sampled_slots, token_ids)
         if link.outputs is not None:
             sampled = token_ids.to(torch.int32).cpu().numpy()
             link.outputs.send(encode(StepOutput(step.epoch, step.step, sampled)), _WAIT_S)

@@ -89,22 +89,22 @@ class LocalEngine:
             result, logits = self._run(step)
             for row, key in enumerate(result.keys.tolist()):
                 tokens[key].append(int(result.token_ids[row]))
-                self.logits[key].append(logits[row])
+                if logits is not None:
+                    self.logits[key].append(logits[row])
                 self.num_cached_tokens[key] = int(result.num_cached_tokens[row])
         assert not self.scheduler.has_unfinished
         self.scheduler.check()
         return list(tokens.values())
 
-    def _run(self, step: StepInput) -> tuple[StepResult, Tensor]:
+    def _run(self, step: StepInput) -> tuple[StepResult, Tensor | None]:
+        """Run one step; a captured one shows no logits."""
         self.steps.append(step)
         for shard in self._shards:
             shard.clear()
         outputs: list[StepOutput] = list(self._pool.map(lambda runner: runner.execute(step), self.runners))
         for output in outputs[1:]:
             assert output.token_ids.tolist() == outputs[0].token_ids.tolist(), "ranks chose different tokens"
-        logits = (
-            torch.cat([shard[0] for shard in self._shards], dim=-1) if step.samples.any() else torch.empty(0)
-        )
+        logits = torch.cat([shard[0] for shard in self._shards], dim=-1) if all(self._shards) else None
         return self.scheduler.update(outputs[0]), logits
 
     def _keep_logits(self, rank: int) -> Callable[..., None]:

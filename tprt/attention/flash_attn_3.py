@@ -1,7 +1,8 @@
 """Attention by FlashAttention 3, for GPUs of compute capability 9: package `flash_attn_interface`.
 
-One varlen call over the paged cache serves decodes, chunks and both together. Knows nothing of how the call is
-split and scheduled: the package decides that.
+One varlen call over the paged cache serves chunks, and chunks with decodes. Steps of decodes alone go to our
+own split-KV kernel, which is ahead of the package there at every batch and length
+(`scripts/bench_attention.py`). Knows nothing of how a call is split and scheduled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from flash_attn_interface import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 from tprt.attention.backend import AttentionBackend
-from tprt.attention.triton import store_kv
+from tprt.attention.triton import TritonBackend, store_kv
 from tprt.context import Context
 
 
@@ -24,6 +25,7 @@ class FlashAttention3Backend(AttentionBackend):
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
+        self._decoder = TritonBackend(scale)
         self._kv_lens: tuple[Context, Tensor] | None = None
 
     def write_kv(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -52,15 +54,7 @@ class FlashAttention3Backend(AttentionBackend):
         return paged
 
     def decode(self, query: Tensor, kv_cache: Tensor, context: Context) -> Tensor:
-        key_cache, value_cache = kv_cache.unbind()
-        output: Tensor = flash_attn_with_kvcache(
-            *(query.unsqueeze(1), key_cache, value_cache),
-            cache_seqlens=context.context_lens,
-            page_table=context.block_tables,
-            softmax_scale=self._scale,
-            causal=True,
-        )
-        return output.squeeze(1)
+        return self._decoder.decode(query, kv_cache, context)
 
     def _kv_lens_of(self, context: Context) -> Tensor:
         """Return the KV length of every sequence, `[S]` int32, made by the first layer of a step."""

@@ -17,6 +17,7 @@ from tprt.context import Context
 from tprt.layers.noise import noise_keys
 from tprt.layers.sampler import SamplingBatch
 from tprt.messages import Int32Array, Int64Array, StepInput
+from tprt.worker.step_transfer import StepTransfer, staged_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,71 +60,73 @@ class InputBuilder:
 
     def __init__(self, block_size: int, max_num_seqs: int, device: torch.device) -> None:
         self._block_size = block_size
-        self._device = device
-        self._is_cpu = device.type == "cpu"
-        self._last_token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._transfer = StepTransfer(device)
+        # One more than there are slots: padding of captured batches reads and writes the last.
+        self.last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._sampled: _SampledRows
         self._sampled_key: tuple[bytes, ...] = ()
 
     def build(self, step: StepInput) -> InputBatch:
         """Build the tensors of `step`; those of the sampling parameters may be shared with other steps."""
-        positions = _positions(step)
+        positions = token_positions(step)
+        self._transfer.begin(_most_bytes(step, self._block_size))
+        stage = self._transfer.stage
+        token_ids = stage(step.token_ids.astype(np.int64))
+        slots = None
+        if len(step.token_ids) and step.token_ids.min() < 0:
+            slots = stage(np.repeat(step.seq_slots, step.query_lens).astype(np.int64))
+        positions_there = stage(positions)
+        context = self._context(step, positions)
         sampled = self._sampled_rows(step)
-        return InputBatch(
-            token_ids=self._token_ids(step),
-            positions=self._to_device(positions),
-            context=self._context(step, positions),
-            sampling=_with_noise_keys(sampled, step, self._to_device),
-            sampled_slots=sampled.slots,
-        )
+        sampling = _with_noise_keys(sampled, step, stage)
+        self._transfer.flush()
+        if slots is not None:
+            token_ids = torch.where(token_ids < 0, self.last_token_ids[slots], token_ids)
+        return InputBatch(token_ids, positions_there, context, sampling, sampled.slots)
 
-    def keep_sampled(self, batch: InputBatch, token_ids: Tensor) -> None:
+    def sampling_of(self, step: StepInput) -> tuple[SamplingBatch | None, Tensor]:
+        """Return the sampling parameters of `step` and the slots that are sampled, and nothing else of it."""
+        self._transfer.begin(_most_bytes(step, self._block_size))
+        sampled = self._sampled_rows(step)
+        sampling = _with_noise_keys(sampled, step, self._transfer.stage)
+        self._transfer.flush()
+        return sampling, sampled.slots
+
+    def keep_sampled(self, sampled_slots: Tensor, token_ids: Tensor) -> None:
         """Remember `token_ids` `[n]` as the last tokens of the slots that were sampled."""
-        self._last_token_ids.index_copy_(0, batch.sampled_slots, token_ids)
-
-    def _token_ids(self, step: StepInput) -> Tensor:
-        token_ids = self._to_device(step.token_ids.astype(np.int64))
-        if len(step.token_ids) == 0 or step.token_ids.min() >= 0:
-            return token_ids
-        slots = self._to_device(np.repeat(step.seq_slots, step.query_lens).astype(np.int64))
-        return torch.where(token_ids < 0, self._last_token_ids[slots], token_ids)
+        self.last_token_ids.index_copy_(0, sampled_slots, token_ids)
 
     def _context(self, step: StepInput, positions: Int64Array) -> Context:
         num_blocks = -(-step.context_lens // self._block_size)
         ends: Int64Array = num_blocks.cumsum(dtype=np.int64)
         starts: Int64Array = np.subtract(ends, num_blocks)
-        slot_mapping = self._to_device(self._slot_mapping(step, positions, starts))
+        stage = self._transfer.stage
+        slot_mapping = stage(slot_mapping_of(step, positions, starts, self._block_size))
         longest = int(step.context_lens.max())
         if step.num_decodes == len(step.query_lens):
             return Context(
                 slot_mapping=slot_mapping,
-                context_lens=self._to_device(step.context_lens),
-                block_tables=self._to_device(_padded_block_tables(step.block_ids, starts, num_blocks)),
+                context_lens=stage(step.context_lens),
+                block_tables=stage(padded_block_tables(step.block_ids, starts, num_blocks)),
                 max_seqlen_k=longest,
             )
         n = step.num_decodes
         query_ends = np.cumsum(step.query_lens)
         # Without tables a prefill attends to its own tokens alone; decodes always read from blocks.
         from_cache = n > 0 or bool((step.context_lens > step.query_lens).any())
-        tables = _padded_block_tables(step.block_ids, starts, num_blocks) if from_cache else None
+        tables = padded_block_tables(step.block_ids, starts, num_blocks) if from_cache else None
         return Context(
             is_prefill=True,
-            cu_seqlens_q=self._to_device(_running_sum(step.query_lens)),
-            cu_seqlens_k=self._to_device(_running_sum(step.context_lens)),
+            cu_seqlens_q=stage(_running_sum(step.query_lens)),
+            cu_seqlens_k=stage(_running_sum(step.context_lens)),
             max_seqlen_q=int(step.query_lens.max()),
             max_seqlen_k=longest,
             slot_mapping=slot_mapping,
-            context_lens=self._to_device(step.context_lens[:n]) if n else None,
-            block_tables=None if tables is None else self._to_device(tables),
+            context_lens=stage(step.context_lens[:n]) if n else None,
+            block_tables=None if tables is None else stage(tables),
             num_decodes=n,
-            logits_indices=self._to_device((query_ends - 1)[step.samples != 0].astype(np.int64)),
+            logits_indices=stage((query_ends - 1)[step.samples != 0].astype(np.int64)),
         )
-
-    def _slot_mapping(self, step: StepInput, positions: Int64Array, starts: Int64Array) -> Int64Array:
-        """Return the KV slot of every query token; `starts` `[S]` is where each block table begins."""
-        first_block = starts.repeat(step.query_lens)
-        block: Int64Array = step.block_ids[first_block + positions // self._block_size].astype(np.int64)
-        return block * self._block_size + positions % self._block_size
 
     def _sampled_rows(self, step: StepInput) -> _SampledRows:
         """Return the sampled sequences; those of the last step when they and their parameters are the same."""
@@ -138,38 +141,35 @@ class InputBuilder:
         return self._sampled
 
     def _make_sampled_rows(self, step: StepInput) -> _SampledRows:
-        rows = np.flatnonzero(step.samples)
+        rows, stage = np.flatnonzero(step.samples), self._transfer.stage
         return _SampledRows(
             rows=rows,
-            slots=self._to_device(step.seq_slots[rows].astype(np.int64)),
+            slots=stage(step.seq_slots[rows].astype(np.int64)),
             seeds=step.seeds[rows],
             sampling=self._sampling(step, rows) if len(rows) else None,
         )
 
     def _sampling(self, step: StepInput, rows: NDArray[np.intp]) -> SamplingBatch:
+        stage = self._transfer.stage
         temperatures = step.temperatures[rows]
         top_ks, top_ps, min_ps = step.top_ks[rows], step.top_ps[rows], step.min_ps[rows]
         truncates = (top_ks > 0) | (top_ps < 1) | (min_ps > 0)
         num_logprobs = step.num_logprobs[rows]
         return SamplingBatch(
-            temperatures=self._to_device(temperatures),
-            top_ks=self._to_device(top_ks.astype(np.int64)),
-            top_ps=self._to_device(top_ps),
-            min_ps=self._to_device(min_ps),
-            noise_keys=self._to_device(np.zeros(len(rows), np.int64)),
+            temperatures=stage(temperatures),
+            top_ks=stage(top_ks.astype(np.int64)),
+            top_ps=stage(top_ps),
+            min_ps=stage(min_ps),
+            noise_keys=stage(np.zeros(len(rows), np.int64)),
             num_top=int(num_logprobs.max()) if (num_logprobs >= 0).any() else None,
             any_random=bool((temperatures > 0).any()),
             # A greedy row is its own maximum, truncated or not.
             any_truncated=bool((truncates & (temperatures > 0)).any()),
         )
 
-    def _to_device(self, column: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(column if column.flags.writeable else column.copy())
-        return tensor if self._is_cpu else tensor.to(self._device, non_blocking=True)
-
 
 def _with_noise_keys(
-    sampled: _SampledRows, step: StepInput, to_device: Callable[[Int64Array], Tensor]
+    sampled: _SampledRows, step: StepInput, stage: Callable[[Int64Array], Tensor]
 ) -> SamplingBatch | None:
     """Return the sampling parameters with the keys of this step's positions; nothing reads a greedy batch's."""
     same = sampled.sampling
@@ -180,14 +180,30 @@ def _with_noise_keys(
         top_ks=same.top_ks,
         top_ps=same.top_ps,
         min_ps=same.min_ps,
-        noise_keys=to_device(noise_keys(sampled.seeds, step.context_lens[sampled.rows])),
+        noise_keys=stage(noise_keys(sampled.seeds, step.context_lens[sampled.rows])),
         num_top=same.num_top,
         any_random=same.any_random,
         any_truncated=same.any_truncated,
     )
 
 
-def _positions(step: StepInput) -> Int64Array:
+def _most_bytes(step: StepInput, block_size: int) -> int:
+    """Return a bound on the bytes of all columns that `build` stages."""
+    num_tokens, num_seqs = len(step.token_ids), len(step.query_lens)
+    longest = int(step.context_lens.max(initial=0))
+    table_bytes = num_seqs * -(-longest // block_size) * 4
+    # Four columns of 8 bytes a token; at most twelve of up to 8 bytes a sequence, some with one more entry.
+    return staged_bytes(32 * num_tokens + 96 * (num_seqs + 1) + table_bytes, num_columns=20)
+
+
+def slot_mapping_of(step: StepInput, positions: Int64Array, starts: Int64Array, block_size: int) -> Int64Array:
+    """Return the KV slot of every query token; `starts` `[S]` is where each block table begins."""
+    first_block = starts.repeat(step.query_lens)
+    block: Int64Array = step.block_ids[first_block + positions // block_size].astype(np.int64)
+    return block * block_size + positions % block_size
+
+
+def token_positions(step: StepInput) -> Int64Array:
     """Return the position of every query token: the last `query_len` of each sequence's `context_len`."""
     if step.num_decodes == len(step.query_lens):
         return step.context_lens.astype(np.int64) - 1
@@ -196,7 +212,7 @@ def _positions(step: StepInput) -> Int64Array:
     return np.arange(ends[-1], dtype=np.int64) + np.repeat(shift, step.query_lens)
 
 
-def _padded_block_tables(block_ids: Int32Array, starts: Int64Array, num_blocks: Int32Array) -> Int32Array:
+def padded_block_tables(block_ids: Int32Array, starts: Int64Array, num_blocks: Int32Array) -> Int32Array:
     """Lay the end-to-end tables, which begin at `starts`, out as rows padded with block 0: `[S, B]`."""
     shortest, width = int(num_blocks.min()), int(num_blocks.max())
     if shortest == width:

@@ -5,13 +5,14 @@ Knows nothing of where steps come from and where outputs go.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
-from tprt.attention import make_attention_backend
+from tprt.attention import AttentionSetup, make_attention_backend
 from tprt.checkpoint_config import CheckpointConfig, resolve_max_model_len
 from tprt.config import Config
 from tprt.context import reset_context, set_context
@@ -24,6 +25,8 @@ from tprt.messages import StepInput, StepOutput
 from tprt.models import DecoderForCausalLM, ModelParts, build_model
 from tprt.sharding import make_shard_plan, shape_of
 from tprt.weights import LoadExchange, LoadReport, load_dummy_weights, load_model
+from tprt.worker.block_table_mirror import BlockTableMirror
+from tprt.worker.decode_graphs import DecodeGraphs, graph_sizes
 from tprt.worker.input_batch import InputBatch, InputBuilder
 from tprt.worker.kv_cache import (
     allocate_kv_cache,
@@ -71,6 +74,8 @@ class ModelRunner:
         self._shard = self._plan.shards[group.rank]
         self._sampler = Sampler(group, [shard.vocab_rows for shard in self._plan.shards])
         self._inputs = InputBuilder(config.cache.block_size, config.scheduler.max_num_seqs, device)
+        self._captures = False
+        self._graphs: DecodeGraphs | None = None
         self.model: DecoderForCausalLM
 
     def load(self, exchange: LoadExchange | None = None, on_progress: OnProgress = _tell_nobody) -> int:
@@ -78,8 +83,11 @@ class ModelRunner:
 
         `exchange` joins the ranks of this host, and `on_progress` is told (bytes in place, of how many).
         """
-        backend = make_attention_backend(
-            self._config.runtime.attention_backend, self._checkpoint.head_dim**-0.5
+        head_dim = self._checkpoint.head_dim
+        setup = AttentionSetup(self._device, self._dtype, head_dim, self._config.cache.block_size)
+        backend = make_attention_backend(self._config.runtime.attention_backend, head_dim**-0.5, setup)
+        self._captures = (
+            self._device.type == "cuda" and backend.capturable and not self._config.runtime.enforce_eager
         )
         parts = ModelParts(self._checkpoint, self._shard, self._group, backend, self._max_model_len)
         self.model = build_model(parts, self._dtype, self._device)
@@ -112,13 +120,49 @@ class ModelRunner:
         )
         if budget is not None and self._device.type != "cpu":
             _LOG.info("memory of %s:\n  %s", self._device, "\n  ".join(budget.table(kv_bytes)))
+        if self._captures:
+            self._capture_graphs()
         return num_blocks, kv_bytes
+
+    def _capture_graphs(self) -> None:
+        started_s, sizes = time.monotonic(), graph_sizes(self._config.scheduler.max_num_seqs)
+        self._graphs = self._make_graphs()
+        self._graphs.capture(sizes)
+        _LOG.info("captured %d decode graphs in %.2f s", len(sizes), time.monotonic() - started_s)
+
+    def _make_graphs(self) -> DecodeGraphs:
+        block_size, max_num_seqs = self._config.cache.block_size, self._config.scheduler.max_num_seqs
+        width = -(-self._max_model_len // block_size)
+        tables = BlockTableMirror(max_num_seqs, width, self._device)
+        return DecodeGraphs(self.model, self._sampler, self._inputs, tables, block_size, self._max_model_len)
+
+    def _graph_bytes(self) -> int:
+        """Find out what all graphs will take, from the largest and the smallest; both are gone afterwards."""
+        if not self._captures:
+            return 0
+        sizes = graph_sizes(self._config.scheduler.max_num_seqs)
+        allocate_kv_cache(self.model, 1, self._config.cache.block_size)
+        memory, taken = CudaMemory(self._device), []
+        try:
+            for trial in ([sizes[-1]], [sizes[-1], sizes[0]]):
+                memory.release_unused()
+                free_before = memory.free_and_total()[0]
+                graphs = self._make_graphs()
+                graphs.capture(trial)
+                taken.append(free_before - memory.free_and_total()[0])
+                del graphs
+        finally:
+            release_kv_cache(self.model)
+        memory.release_unused()
+        largest, both = taken
+        return largest + (len(sizes) - 1) * max(0, both - largest)
 
     def _memory_budget(self) -> MemoryBudget:
         cache = self._config.cache
         if self._device.type == "cpu":
             return cpu_budget(cache)
-        return measure_budget(CudaMemory(self._device), cache.memory_fraction, self.run_largest_step)
+        budget = measure_budget(CudaMemory(self._device), cache.memory_fraction, self.run_largest_step)
+        return replace(budget, graphs=self._graph_bytes())
 
     def _num_blocks_that_fit(self, budget: MemoryBudget) -> int:
         cache = self._config.cache
@@ -144,12 +188,24 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
         """Run one step and return what it sampled; every rank returns the same."""
+        if self._graphs is not None and self._graphs.fits(step):
+            return _to_output(step, self._replay(self._graphs, step))
         batch = self._inputs.build(step)
         sampled = self._forward(batch)
         if sampled is None:
             return StepOutput(step.epoch, step.step, np.empty(0, np.int32))
-        self._inputs.keep_sampled(batch, sampled.token_ids)
+        self._inputs.keep_sampled(batch.sampled_slots, sampled.token_ids)
         return _to_output(step, sampled)
+
+    def _replay(self, graphs: DecodeGraphs, step: StepInput) -> Sampled:
+        hidden, token_ids = graphs.run(step)
+        if token_ids is not None:
+            return Sampled(token_ids)
+        sampling, slots = self._inputs.sampling_of(step)
+        assert sampling is not None, "a decode samples"
+        sampled: Sampled = self._sampler(self.model.compute_logits(hidden), sampling)
+        self._inputs.keep_sampled(slots, sampled.token_ids)
+        return sampled
 
     def _forward(self, batch: InputBatch) -> Sampled | None:
         set_context(batch.context)

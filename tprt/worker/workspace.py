@@ -16,7 +16,6 @@ from tprt.sharding import RankShard
 
 # Per token of a step: its id, its position and its KV slot.
 _INPUT_BYTES = 3 * torch.int64.itemsize
-_NOISE_BYTES = 2 * torch.float32.itemsize + 3 * torch.int64.itemsize
 
 
 def largest_step(scheduler: SchedulerConfig, max_model_len: int, block_size: int) -> StepInput:
@@ -84,12 +83,13 @@ def _forward_width(checkpoint: CheckpointConfig, shard: RankShard) -> int:
 
 
 def _sampling_bytes(checkpoint: CheckpointConfig, shard: RankShard, itemsize: int) -> int:
-    """Return the bytes per sequence that are alive when noise is made for whole rows of logits.
+    """Return the bytes per sequence that are alive when log-probabilities are made of whole rows of logits.
 
-    All tokens: logits and truncated logits in float32, three int64 of mixed bits. This rank's tokens: logits in
-    the model's type, and in float32 where that is another tensor.
+    That is on a GPU, where noise and truncation are made inside kernels. This rank's logits in the model's
+    type; all tokens' in that type where ranks share them, in float32 where that is another, and their
+    logarithms.
     """
-    own = itemsize + (torch.float32.itemsize if shard.vocab_rows.size < checkpoint.vocab_size else 0)
-    if itemsize == torch.float32.itemsize:
-        own -= itemsize
-    return checkpoint.vocab_size * _NOISE_BYTES + shard.vocab_rows.size * own
+    own, float32 = shard.vocab_rows.size, torch.float32.itemsize
+    gathered = itemsize if own < checkpoint.vocab_size else 0
+    widened = float32 if itemsize != float32 else 0
+    return own * itemsize + checkpoint.vocab_size * (gathered + widened + float32)

@@ -103,7 +103,7 @@ def test_a_step_of_unfinished_chunks_samples_nothing(builder: InputBuilder) -> N
 
 def test_a_token_of_minus_1_is_the_one_that_its_slot_sampled_last(builder: InputBuilder) -> None:
     first = builder.build(step_input([2, 3], [2, 3], num_decodes=0))
-    builder.keep_sampled(first, torch.tensor([71, 72]))
+    builder.keep_sampled(first.sampled_slots, torch.tensor([71, 72]))
     second = builder.build(step_input([1, 1], [3, 4], num_decodes=2, token_ids=[-1, 9]))
     assert second.token_ids.tolist() == [71, 9]
 

@@ -54,10 +54,11 @@ WIDE_MLP = dict(
     hidden_size=64, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
 WIDE_ATTENTION = WIDE_MLP | dict(intermediate_size=64, num_attention_heads=16, num_key_value_heads=8)
+# Not where sampling takes most: the estimate is for GPUs, whose kernels make noise and truncate in place
+# (tests/gpu/test_plan_on_gpu.py).
 CASES = {
     "gate and up": (WIDE_MLP | {"vocab_size": 100}, 1024, 8),
     "heads": (WIDE_ATTENTION | {"vocab_size": 100}, 1024, 8),
-    "logits": (WIDE_MLP | {"vocab_size": 20_000}, 64, 32),
 }
 
 
