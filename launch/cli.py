@@ -9,23 +9,15 @@ from typing import Annotated
 import typer
 
 from launch import bench_command, config_command
+from launch.failure import INPUT_ERRORS
 from launch.generate_command import generate
 from launch.plan_command import plan
-from tprt.errors import (
-    CheckpointError,
-    ConfigError,
-    InvalidRequestError,
-    ShardPlanError,
-    TprtError,
-    UnsupportedModelError,
-)
+from launch.status_command import status
+from tprt.errors import TprtError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-
-# What the user can put right; any other error is a failure of the engine.
-BAD_INPUT = (ConfigError, CheckpointError, UnsupportedModelError, ShardPlanError, InvalidRequestError)
 
 app = typer.Typer(
     help="A tensor-parallel runtime for large language models.",
@@ -36,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(plan)
+app.command()(status)
 app.add_typer(config_command.app, name="config")
 app.add_typer(bench_command.app, name="bench")
 
@@ -55,6 +48,6 @@ def main() -> None:
         app(prog_name="tprt")
     except TprtError as error:
         print(f"tprt: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT if isinstance(error, BAD_INPUT) else EXIT_FAILED)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, INPUT_ERRORS) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -109,6 +109,31 @@ def _is_abandoned(path: Path) -> bool:
         os.close(fd)
 
 
+def living_run_dirs() -> list[Path]:
+    """Return the run directories of this user whose owner lives, in the places where one would be made."""
+    # One place may be there under two names.
+    places = {Path(parent).resolve() for parent in _places()}
+    found = (path for place in places for path in place.glob(f"{_PREFIX}*"))
+    return sorted(path for path in found if _owner_lives(path))
+
+
+def _owner_lives(path: Path) -> bool:
+    try:
+        if path.lstat().st_uid != os.geteuid():
+            return False
+        fd = os.open(path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two who look at once do not take each other for the owner.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
 def write_config(run_dir: Path, config: Config) -> None:
     """Leave the resolved configuration for the processes of the deployment.
 
@@ -132,6 +157,30 @@ def read_config(run_dir: Path) -> Config:
 def worker_socket(run_dir: Path, epoch: int) -> str:
     """Return the path where workers of `epoch` find the coordinator."""
     return str(run_dir / f"workers-{epoch}.sock")
+
+
+def epoch_dir(run_dir: Path, epoch: int) -> Path:
+    """Return the folder where the ranks of `epoch` meet, and make it if need be."""
+    folder = run_dir / f"epoch-{epoch}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def heartbeats_path(run_dir: Path, epoch: int) -> Path:
+    """Return where the processes of `epoch` note how far they are."""
+    return run_dir / f"heartbeats-{epoch}"
+
+
+def newest_heartbeats(run_dir: Path) -> Path | None:
+    """Return the heartbeats of the newest epoch, or None before the first has begun."""
+    epochs = [path.name.partition("-")[2] for path in run_dir.glob("heartbeats-*")]
+    numbers = [int(epoch) for epoch in epochs if epoch.isdecimal()]
+    return heartbeats_path(run_dir, max(numbers)) if numbers else None
+
+
+def stack_path(run_dir: Path, name: str) -> Path:
+    """Return where process `name` ("rank 0") writes its Python stacks, when asked and when it crashes."""
+    return run_dir / f"stack-{name.replace(' ', '-')}.txt"
 
 
 def request_address(run_dir: Path) -> str:

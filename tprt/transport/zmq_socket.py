@@ -213,12 +213,15 @@ class RequestClient:
             if self._monitor in dict(self._poller.poll(_to_ms(left_s))):
                 self._read_monitor()
 
-    def close(self) -> None:
-        """Release everything; idempotent. Waits up to a second for what was sent to leave."""
+    def close(self, flush: bool = True) -> None:
+        """Release everything; idempotent.
+
+        With `flush` it waits up to a second for what was sent to leave; without, that is dropped.
+        """
         if not self._socket.closed:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
-        self._context.destroy(linger=_FLUSH_MS)
+        self._context.destroy(linger=_FLUSH_MS if flush else 0)
 
     def _try_receive(self) -> bytes | None:
         if self._arrived:

@@ -60,7 +60,13 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     for annotation, dtype in COLUMNS:
         if hint == annotation:
             return npst.arrays(dtype, st.integers(0, 70))
-    return {int: INT64, float: st.floats(allow_nan=False), str: TEXT, SamplingParams: SAMPLING}[hint]
+    return {
+        int: INT64,
+        bool: st.booleans(),
+        float: st.floats(allow_nan=False),
+        str: TEXT,
+        SamplingParams: SAMPLING,
+    }[hint]
 
 
 def messages_of(kind: type) -> st.SearchStrategy[Any]:

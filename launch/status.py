@@ -1,0 +1,180 @@
+"""Finds the deployments of this user on this host, and tells from their heartbeats whether they make progress.
+
+Asks no process anything, so a stuck one cannot hold it up. Knows nothing of how the result is shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from launch.run_dir import living_run_dirs, newest_heartbeats, read_config
+from tprt.config import SupervisionConfig
+from tprt.coordinator.stall import is_stalled
+from tprt.errors import TransportError
+from tprt.transport.coordinator_beat import CoordinatorRecord, read_coordinator
+from tprt.transport.heartbeat import HeartbeatReader, Phase, RankBeat
+from tprt.transport.peer_process import is_gone, is_stopped, process_state, state_words
+
+# What looks like a stall may be the instant between a request and its step: it is looked at again.
+_LOOK_AGAIN_S = 0.2
+
+
+class Verdict(StrEnum):
+    """How a deployment is doing."""
+
+    HEALTHY = "healthy"
+    """Steps are finished as they come, or there is nothing to do."""
+    STARTING = "starting"
+    """The ranks are not ready."""
+    BUSY = "busy"
+    """Steps are finished, and requests wait for a place."""
+    STALLED = "stalled"
+    """There is work and no progress, or a process that cannot make any."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request that comes now will be served."""
+        return self in (Verdict.HEALTHY, Verdict.BUSY)
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What the heartbeats of a deployment say at one moment.
+
+    Attributes:
+        now_ns: that moment, in monotonic nanoseconds.
+        beats: the record of each rank; none before there are heartbeats.
+        states: the state letter of each rank's process.
+        record: what the coordinator has written, if it has.
+        coordinator_state: the state letter of its process; "" without a record.
+    """
+
+    now_ns: int
+    beats: Sequence[RankBeat] = ()
+    states: Sequence[str] = ()
+    record: CoordinatorRecord | None = None
+    coordinator_state: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """One deployment: where it is, what it runs, how it is doing and why that is said."""
+
+    run_dir: Path
+    model: str
+    signs: Signs
+    verdict: Verdict
+    reason: str
+
+
+def find_deployments() -> list[DeploymentStatus]:
+    """Return the deployments of this user that have not ended."""
+    found = (look_at(run_dir) for run_dir in living_run_dirs())
+    return [status for status in found if status is not None]
+
+
+def look_at(run_dir: Path) -> DeploymentStatus | None:
+    """Return how the deployment of `run_dir` is doing, or None when it has ended meanwhile."""
+    model, timeout_s = _read_settings(run_dir)
+    try:
+        signs = _read_signs(run_dir)
+        verdict, reason = judge(signs, timeout_s)
+        if verdict is Verdict.STALLED:
+            time.sleep(_LOOK_AGAIN_S)
+            signs = _read_signs(run_dir)
+            verdict, reason = judge(signs, timeout_s)
+    except TransportError as error:
+        signs, verdict, reason = Signs(time.monotonic_ns()), Verdict.STALLED, str(error)
+    return DeploymentStatus(run_dir, model, signs, verdict, reason) if run_dir.is_dir() else None
+
+
+def judge(signs: Signs, stall_timeout_s: float) -> tuple[Verdict, str]:
+    """Tell how a deployment is doing, and why.
+
+    Progress is a step that was finished, or a layer: a long prefill is no stall.
+
+    Args:
+        signs: what is known.
+        stall_timeout_s: work without progress for longer than this is a stall.
+    """
+    if broken := _broken_processes(signs):
+        return Verdict.STALLED, broken
+    if not signs.beats or not _is_ready(signs):
+        return Verdict.STARTING, "the ranks are not ready"
+    record = signs.record
+    if not _has_work(signs):
+        return Verdict.HEALTHY, "nothing to do"
+    if is_stalled(signs.beats, signs.now_ns, stall_timeout_s, _last_step_or_request_ns(record)):
+        return Verdict.STALLED, f"there is work, and no progress for more than {stall_timeout_s:g} s"
+    if record is not None and record.num_waiting:
+        return Verdict.BUSY, "requests wait for a place"
+    return Verdict.HEALTHY, "steps are finished as they come"
+
+
+def _read_settings(run_dir: Path) -> tuple[str, float]:
+    """Return the model and the longest time without progress."""
+    try:
+        config = read_config(run_dir)
+    except (OSError, ValidationError):
+        # not written yet, or by another version
+        return "unknown", SupervisionConfig().stall_timeout_s
+    return config.model.path, config.supervision.stall_timeout_s
+
+
+def _read_signs(run_dir: Path) -> Signs:
+    path = newest_heartbeats(run_dir)
+    if path is None:
+        return Signs(time.monotonic_ns())
+    reader = HeartbeatReader.open(path)
+    beats = reader.read()
+    reader.close()
+    record = read_coordinator(path)
+    return Signs(
+        now_ns=time.monotonic_ns(),
+        beats=beats,
+        states=[process_state(beat.pid) if beat.pid else "" for beat in beats],
+        record=record,
+        coordinator_state="" if record is None else process_state(record.pid),
+    )
+
+
+def _broken_processes(signs: Signs) -> str:
+    """Name the processes that cannot make progress; "" when all can."""
+    known = [
+        (f"rank {beat.rank}", beat.pid, state)
+        for beat, state in zip(signs.beats, signs.states, strict=True)
+        if beat.pid
+    ]
+    if signs.record is not None:
+        known.insert(0, ("coordinator", signs.record.pid, signs.coordinator_state))
+    return ", ".join(
+        f"{name} (pid {pid}) {state_words(state)}"
+        for name, pid, state in known
+        if is_gone(state) or is_stopped(state)
+    )
+
+
+def _is_ready(signs: Signs) -> bool:
+    if signs.record is not None:
+        return signs.record.serves
+    return all(beat.phase >= Phase.IDLE for beat in signs.beats)
+
+
+def _has_work(signs: Signs) -> bool:
+    if signs.record is not None:
+        return signs.record.num_running + signs.record.num_waiting > 0
+    return any(beat.phase in (Phase.PREFILL, Phase.DECODE) for beat in signs.beats)
+
+
+def _last_step_or_request_ns(record: CoordinatorRecord | None) -> int:
+    """Return since when progress may be asked for, as the coordinator sees it."""
+    if record is None:
+        return 0
+    # A request that came when there was nothing to do waits since it came, not since the last step.
+    return max(record.step_ns, 0 if record.num_running else record.oldest_waiting_ns)
