@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 MODEL := .models/SmolLM2-135M-Instruct
 EXTRAS := server,dev
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check chaos bench clean
 
 install: $(STAMP)
 
@@ -34,6 +34,10 @@ check: $(STAMP) $(MODEL)/config.json
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sizes.py
 	$(BIN)/python -m pytest tests/unit --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+chaos: $(STAMP)
+	$(BIN)/python scripts/chaos.py streams --kills 10
+	$(BIN)/python scripts/chaos.py
 
 bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/tprt bench compare-hf configs/smollm2-135m-tp2-cpu.yaml --set parallel.tensor_parallel_size=1

@@ -17,7 +17,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from tprt.distributed.factory import CollectiveBackend, make_group
+from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
@@ -96,7 +96,8 @@ def _play_rank(rank: int, world_size: int, run_dir: str, num_bytes: Sequence[int
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
-    groups = [make_group(name, rank, world_size, cpu, run_dir, _START_TIMEOUT_S) for name in _BACKENDS]
+    deadlines = GroupDeadlines(_START_TIMEOUT_S, _START_TIMEOUT_S)
+    groups = [make_group(name, rank, world_size, cpu, run_dir, deadlines) for name in _BACKENDS]
     for size in num_bytes:
         row = _measure(groups, size)
         if rank == 0:

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import nn
 
-from launch.child import PARENT_PID, die_with_parent
 from launch.devices import threads_per_rank
 from launch.disk_reads import disk_bytes_read, peak_memory_bytes, reset_peak_memory
 from launch.load_peers import installed_peers
+from launch.parent_death import PARENT_PID, die_with_parent
 from tprt.attention import make_attention_backend
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.distributed import TPGroup

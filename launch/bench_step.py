@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.bench_step_worker import EPOCH, BenchRank, socket_path, times_path
-from launch.child import PARENT_PID
+from launch.parent_death import PARENT_PID
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, SupervisionConfig
 from tprt.coordinator.client_output import RequestKey, split_by_client

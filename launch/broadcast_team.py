@@ -30,7 +30,7 @@ from launch.broadcast_peers import (
     BroadcastWriter,
     Meeting,
 )
-from launch.child import PARENT_PID, die_with_parent
+from launch.parent_death import PARENT_PID, die_with_parent
 from tprt.errors import TransportError, TransportTimeoutError
 
 # Turn, number of the message in it, monotonic nanoseconds of the sending, whether it is the turn's last.

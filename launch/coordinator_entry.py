@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from launch.parent_death import RUN_DIR, clean_up_after_parent
+
+if __name__ == "__main__":
+    # Before the imports below, which take their time.
+    clean_up_after_parent()
+
 import os
+import socket
 from pathlib import Path
 
-from launch.child import EPOCH, RUN_DIR, die_with_parent, run_child
-from launch.run_dir import read_config, request_address, worker_socket
+from launch.child import SUPERVISOR_FD, run_child
+from launch.run_dir import heartbeats_path, read_config, request_address, stack_path, worker_socket
+from launch.stack_dump import install_stack_dumps
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
 from tprt.coordinator.coordinator import Coordinator
+from tprt.coordinator.group_keeper import SupervisorLane
+from tprt.coordinator.group_watch import GroupWatch
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
 from tprt.log import configure_logging
@@ -17,9 +27,10 @@ from tprt.transport.hub import ShmWorkerHub
 from tprt.transport.zmq_socket import RequestServer
 
 NAME = "coordinator"
+_FIRST_EPOCH = 0
 
 
-def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int, epoch: int) -> Scheduler:
+def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int) -> Scheduler:
     """Return the scheduler of a deployment whose ranks have `num_blocks` KV blocks each."""
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -29,37 +40,50 @@ def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int
         num_blocks=num_blocks,
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    return Scheduler(limits, checkpoint.eos_token_ids, checkpoint.vocab_size, epoch)
+    return Scheduler(limits, checkpoint.eos_token_ids, checkpoint.vocab_size, _FIRST_EPOCH)
 
 
-def serve(config: Config, run_dir: Path, epoch: int) -> None:
+def serve(config: Config, run_dir: Path, supervisor: socket.socket) -> None:
     """Open the lanes and run the coordinator until a client ends it."""
     checkpoint = read_checkpoint_config(config.model.path)
     world_size = config.parallel.tensor_parallel_size
-    hub = ShmWorkerHub.listen(worker_socket(run_dir, epoch), epoch=epoch, world_size=world_size)
+
+    def open_hub(epoch: int) -> ShmWorkerHub:
+        return ShmWorkerHub.listen(worker_socket(run_dir, epoch), epoch=epoch, world_size=world_size)
+
+    def open_watch(epoch: int) -> GroupWatch:
+        stack_paths = [stack_path(run_dir, f"rank {rank}") for rank in range(world_size)]
+        return GroupWatch(heartbeats_path(run_dir, epoch), stack_paths, epoch)
+
+    lane = SupervisorLane(supervisor, open_hub, open_watch)
+    hub = open_hub(_FIRST_EPOCH)
     clients = RequestServer.bind(request_address(run_dir))
     try:
         coordinator = Coordinator(
             clients,
             hub,
-            lambda num_blocks: make_scheduler(config, checkpoint, num_blocks, epoch),
+            lambda num_blocks: make_scheduler(config, checkpoint, num_blocks),
             world_size,
             config.supervision,
-            epoch,
+            lane,
         )
         coordinator.run()
     finally:
         hub.close()
         clients.close()
+        lane.close()
 
 
 def main() -> None:
     """Run the coordinator."""
-    die_with_parent()
-    run_dir, epoch = Path(os.environ[RUN_DIR]), int(os.environ[EPOCH])
+    run_dir = Path(os.environ[RUN_DIR])
+    install_stack_dumps(run_dir, NAME)
+    # Whatever this process starts must not hold the lane open.
+    supervisor = socket.socket(fileno=int(os.environ.pop(SUPERVISOR_FD)))
+    supervisor.set_inheritable(False)
     config = read_config(run_dir)
     configure_logging(config.logging.level, config.logging.format, NAME)
-    run_child(NAME, run_dir, lambda: "coordination", lambda: serve(config, run_dir, epoch))
+    run_child(NAME, run_dir, lambda: "coordination", lambda: serve(config, run_dir, supervisor))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,11 @@ def generate(
     with LLM(load_config(config, set_ or ())) as llm:
         prompts = [_encode(llm, text, chat) for text in texts] + ids
         shown = _Printer(as_json)
-        llm.run(prompts, [sampling] * len(prompts), True, shown.show)
+        try:
+            llm.run(prompts, [sampling] * len(prompts), True, shown.show)
+        finally:
+            # Also when a signal has cut it short, and before the processes are ended, which takes a moment.
+            shown.print_all()
     shown.finish()
 
 
@@ -103,20 +107,20 @@ class _Printer:
         elif completion.error is None:
             self._lines.append(completion.text or ",".join(map(str, completion.token_ids)))
         if not self._waits:
-            self._print()
+            self.print_all()
 
-    def _print(self) -> None:
+    def print_all(self) -> None:
+        """Print what has waited."""
         for line in self._lines:
             print(line, flush=True)
         self._lines.clear()
 
     def finish(self) -> None:
-        """Print what has waited.
+        """Raise an error if any prompt was refused.
 
         Raises:
-            InvalidRequestError: lists the prompts that were refused.
+            InvalidRequestError: lists them.
         """
-        self._print()
         if self._errors:
             raise InvalidRequestError("\n".join(self._errors))
 

@@ -16,6 +16,7 @@ from types import TracebackType
 
 from launch.config_file import load_config
 from launch.deployment import Deployment
+from launch.program_end import PutOffEnd
 from launch.progress import GenerationProgress
 from tprt.config import Config
 from tprt.errors import InvalidRequestError
@@ -130,7 +131,8 @@ class LLM:
         """Generate from token ids; `on_finished` is called for each prompt, in order, once it has ended.
 
         A prompt that cannot be served ends with `Completion.error` and leaves the others alone. When
-        `on_finished` raises, what still runs is given up.
+        `on_finished` raises, what still runs is given up. On Ctrl-C or SIGTERM what still runs ends with what
+        it has, as `abort`, and only then the program goes the way of that signal; a second one acts at once.
 
         Raises:
             EngineDeadError: a process failed.
@@ -139,18 +141,22 @@ class LLM:
         added = [self._client.add(ids, sampling) for ids, sampling in zip(prompts, params, strict=True)]
         completions = [completion for _, completion in added]
         reported = 0
-        try:
-            with GenerationProgress(completions, show_progress) as progress:
-                while reported < len(completions):
-                    if completions[reported].finished:
-                        on_finished(reported, completions[reported])
-                        reported += 1
-                        continue
-                    self._deployment.poll(self._client)
-                    progress.update()
-        finally:
-            for request_id, _ in added:
-                self._client.abort(request_id)
+        with PutOffEnd() as end:
+            try:
+                with GenerationProgress(completions, show_progress) as progress:
+                    while reported < len(completions) and not end.is_asked:
+                        if completions[reported].finished:
+                            on_finished(reported, completions[reported])
+                            reported += 1
+                            continue
+                        self._deployment.poll(self._client)
+                        progress.update()
+            finally:
+                for request_id, _ in added:
+                    self._client.abort(request_id)
+            for index in range(reported, len(completions)):
+                on_finished(index, completions[index])
+            end.catch_up()
         return completions
 
     def close(self) -> None:
@@ -158,8 +164,11 @@ class LLM:
         client, self._client = self._client, None
         try:
             if client is not None:
-                client.shut_down("the client has closed")
-                client.close()
+                if not self._deployment.has_failed:
+                    self._deployment.expect_end()
+                    client.shut_down("the client has closed")
+                # There is nobody to send to where processes have failed.
+                client.close(flush=not self._deployment.has_failed)
         finally:
             self._deployment.stop()
 

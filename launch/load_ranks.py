@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from launch.bench_load_worker import NEWS, ORDERS, PLACES, Loaded, News, Order, Place, Task
-from launch.child import PARENT_PID
+from launch.parent_death import PARENT_PID
 from launch.program_end import ProgramEnd
 from tprt.errors import EngineDeadError
 

@@ -1,41 +1,41 @@
 """Starts the processes of a deployment, sees the death of each, and ends them all.
 
-Children are watched by pidfds from the moment they are started. The first unexpected death ends the whole
-deployment: the others are killed from outside, since a rank that waits in a collective cannot be asked. The
-thread that starts the children lives as long as they do, because their parent-death signal is tied to it.
-Knows nothing of models and messages.
+Children are watched by pidfds from the moment they are started. When a rank dies, the others of its epoch are
+killed from outside, since a rank that waits in a collective cannot be asked; the coordinator is told of what,
+and may ask for the ranks of a next epoch. The death of the coordinator, or of a rank before all ranks were
+ready for the first time, ends the whole deployment. The thread that starts the children lives as long as they
+do, because their parent-death signal is tied to it. Knows nothing of models and requests.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from launch.child import PARENT_PID
-from launch.failure import Death, describe, first_cause, read_failure
+from launch.child import SUPERVISOR_FD
+from launch.child_log import STDERR, LogTee
+from launch.child_process import ChildProcess, ChildSpec
+from launch.failure import Death, cause_of, read_failure
+from launch.group_lane import GroupLane
+from launch.rank_group import RankGroup, crash_stack, start_child
+from tprt.coordinator.cause import Cause, CauseKind, first_cause
 from tprt.errors import EngineDeadError
+from tprt.log import get_logger
+from tprt.messages import EndGroup, GroupEnded, GroupReady, StartGroup
 
 # Deaths within this time of the first are looked at together when the cause is chosen.
 _GATHER_S = 0.1
-_STDERR = 2
-
-
-@dataclass(frozen=True, slots=True)
-class ChildSpec:
-    """A process to start: its name in messages, the module it runs, and what it finds in its environment."""
-
-    name: str
-    module: str
-    env: Mapping[str, str]
+# For whoever reads standard error to take the last words.
+_DRAIN_S = 1.0
+# A program that waits for results asks every 0.1 s whether the deployment has failed.
+_ASKED_S = 0.4
+_FIRST_EPOCH = 0
+_LOG = get_logger(__name__)
 
 
 class Supervisor:
@@ -43,31 +43,53 @@ class Supervisor:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._children: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+        self._tee = LogTee()
+        self._lane: GroupLane
+        self._make_ranks: Callable[[int], Sequence[ChildSpec]]
+        self._coordinator: list[ChildProcess] = []
+        self._group: RankGroup | None = None
+        self._last_end: GroupEnded | None = None
+        self._was_ready = False
+        self._pids: Mapping[str, int] = {}
         self._started = threading.Event()
         self._stop_asked = False
+        self._deadline_s = float("inf")
         self._grace_s = 0.0
         self._failure: str | None = None
         self._explained = threading.Event()
+        self._was_raised = threading.Event()
         self._stop_fd = -1
         self._thread: threading.Thread | None = None
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by name."""
-        return {name: child.pid for name, child in self._children.values()}
+        """Process ids by name, those of the newest epoch for ranks."""
+        return dict(self._pids)
 
-    def start(self, specs: Sequence[ChildSpec]) -> None:
-        """Start all children and begin to watch them.
+    def start(self, coordinator: ChildSpec, make_ranks: Callable[[int], Sequence[ChildSpec]]) -> None:
+        """Start the coordinator and the ranks of the first epoch, and begin to watch them.
+
+        Args:
+            coordinator: finds the descriptor of its lane to the supervisor in `SUPERVISOR_FD`.
+            make_ranks: what to start for an epoch.
 
         Raises:
             EngineDeadError: one could not be started; says which and why.
         """
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._watch, args=(specs,), name="tprt-supervisor", daemon=True)
+        self._lane = GroupLane()
+        self._make_ranks = make_ranks
+        self._thread = threading.Thread(
+            target=self._watch, args=(coordinator,), name="tprt-supervisor", daemon=True
+        )
         self._thread.start()
         self._started.wait()
         self.raise_if_failed()
+
+    @property
+    def has_failed(self) -> bool:
+        """Tell whether a failure has ended the deployment."""
+        return self._failure is not None
 
     def raise_if_failed(self) -> None:
         """Raise the first cause if the deployment has failed.
@@ -76,11 +98,16 @@ class Supervisor:
             EngineDeadError: says which process died where of what, with its traceback.
         """
         if self._failure is not None:
+            self._was_raised.set()
             raise EngineDeadError(self._failure)
 
     def wait_for_failure(self, timeout_s: float) -> None:
         """Wait until a failure has been explained, `timeout_s` at most."""
         self._explained.wait(timeout_s)
+
+    def expect_end(self) -> None:
+        """From now on children that end have been asked to."""
+        self._stop_asked = True
 
     def stop(self, grace_s: float) -> None:
         """Wait `grace_s` for the children to end, kill those that do not.
@@ -95,83 +122,134 @@ class Supervisor:
         self._thread.join()
         self._thread = None
         os.close(self._stop_fd)
+        self._lane.close()
 
-    def _watch(self, specs: Sequence[ChildSpec]) -> None:
+    def _watch(self, coordinator: ChildSpec) -> None:
         try:
-            self._spawn_all(specs)
-            if self._failure is None:
-                self._wait_for_ends()
+            self._failure = self._start_all(coordinator)
+            self._started.set()
+            self._lane.close_coordinators_end()
+            while self._failure is None and self._may_go_on():
+                self._take_in(self._wait())
         except BaseException:
             self._failure = "the supervisor of the processes failed; its traceback is above"
             raise
         finally:
             self._explained.set()
             self._started.set()
-            self._kill_all()
+            self._end_all()
+            self._say_if_nobody_asks()
 
-    def _spawn_all(self, specs: Sequence[ChildSpec]) -> None:
-        for spec in specs:
-            try:
-                self._spawn(spec)
-            except OSError as error:
-                self._failure = f"{spec.name} could not be started with {sys.executable}: {error}"
-                return
-        self._started.set()
+    def _start_all(self, coordinator: ChildSpec) -> str | None:
+        fd = self._lane.coordinators_fd
+        spec = replace(coordinator, env={**coordinator.env, SUPERVISOR_FD: str(fd)})
+        return start_child(self._coordinator, spec, self._tee, [fd]) or self._start_group(_FIRST_EPOCH)
 
-    def _spawn(self, spec: ChildSpec) -> None:
-        environment = {**os.environ, **spec.env, PARENT_PID: str(os.getpid())}
-        child = subprocess.Popen(
-            [sys.executable, "-m", spec.module],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            # Standard output is for results; whatever a library prints goes to standard error.
-            stdout=_STDERR,
-            # Ctrl-C in a terminal reaches the parent alone, which then ends its children in order.
-            process_group=0,
+    def _start_group(self, epoch: int) -> str | None:
+        """Start the ranks of `epoch`; return why that failed, if it did."""
+        self._group = RankGroup(self._run_dir, epoch, self._make_ranks(epoch), self._tee)
+        failure = self._group.start()
+        self._pids = {child.name: child.pid for child in self._children()}
+        return failure
+
+    def _children(self) -> list[ChildProcess]:
+        return [*self._coordinator, *(self._group.children if self._group else ())]
+
+    def _may_go_on(self) -> bool:
+        return (
+            any(child.exit_code is None for child in self._children()) and time.monotonic() < self._deadline_s
         )
-        try:
-            pidfd = os.pidfd_open(child.pid)
-        except OSError:
-            # A child that cannot be watched must not be left to itself.
-            child.kill()
-            child.wait()
-            raise
-        self._children[pidfd] = (spec.name, child)
 
-    def _wait_for_ends(self) -> None:
-        """Return when all children have ended, or one has failed, or the grace after `stop` is over."""
+    def _wait(self) -> set[int]:
+        """Return the descriptors that have something, once one has."""
         poller = select.poll()
-        for pidfd in (*self._children, self._stop_fd):
-            poller.register(pidfd, select.POLLIN)
-        alive, deadline_s = set(self._children), float("inf")
-        while alive and time.monotonic() < deadline_s:
-            wait_ms = None if deadline_s == float("inf") else max(0.0, deadline_s - time.monotonic()) * 1000
-            ready = {fd for fd, _ in poller.poll(wait_ms)}
-            if self._stop_fd in ready:
-                os.eventfd_read(self._stop_fd)
-                deadline_s = time.monotonic() + self._grace_s
-            for pidfd in ready & alive:
-                poller.unregister(pidfd)
-            alive -= ready
-            if ready & self._children.keys() and not self._stop_asked:
-                self._failure = self._explain()
-                return
+        ended = [child for child in self._children() if self._stop_asked and child.exit_code is not None]
+        pidfds = [child.pidfd for child in self._children() if child not in ended]
+        logs = [child.log.fileno() for child in self._children()]
+        for fd in (self._stop_fd, self._lane.fileno(), *pidfds, *logs):
+            if fd >= 0:
+                poller.register(fd, select.POLLIN)
+        if self._tee.has_backlog:
+            poller.register(STDERR, select.POLLOUT)
+        left_s = self._deadline_s - time.monotonic()
+        return {fd for fd, _ in poller.poll(None if left_s == float("inf") else max(left_s, 0.0) * 1000)}
 
-    def _explain(self) -> str:
-        """Choose the first cause among all that die about now."""
+    def _take_in(self, ready: set[int]) -> None:
+        self._tee.flush()
+        for child in self._children():
+            if child.log.fileno() in ready:
+                child.log.read()
+        if self._stop_fd in ready:
+            os.eventfd_read(self._stop_fd)
+            self._deadline_s = time.monotonic() + self._grace_s
+        if self._lane.fileno() in ready:
+            for request in self._lane.requests():
+                self._take_request(request)
+        if not self._stop_asked and any(child.pidfd in ready for child in self._children()):
+            self._take_deaths()
+
+    def _take_request(self, request: StartGroup | GroupReady | EndGroup) -> None:
+        if self._stop_asked:
+            return
+        if isinstance(request, GroupReady):
+            self._was_ready = True
+        elif isinstance(request, StartGroup):
+            failure = self._start_group(request.epoch)
+            if failure is not None:
+                self._end_group(failure)
+        elif self._group is not None and self._group.epoch == request.epoch:
+            time.sleep(_GATHER_S)
+            self._end_group(request.cause)
+        elif self._last_end is not None and self._last_end.epoch == request.epoch:
+            self._lane.send(self._last_end)
+
+    def _take_deaths(self) -> None:
+        """Look at what has died about now: the deployment ends, or the ranks of this epoch do."""
         time.sleep(_GATHER_S)
-        deaths = [
-            Death(name, child.pid, code, read_failure(self._run_dir, name))
-            for name, child in self._children.values()
-            if (code := child.poll()) is not None
-        ]
-        return describe(first_cause(deaths))
+        for child in self._children():
+            child.log.read()
+        # What the coordinator has said last came before its end, and before that of ranks that it gave up.
+        for request in self._lane.requests():
+            self._take_request(request)
+        (coordinator,) = self._coordinator
+        if coordinator.exit_code is not None:
+            deaths = [self._death_of(coordinator), *(self._group.deaths() if self._group else ())]
+            self._failure = first_cause([cause_of(death) for death in deaths]).text
+        elif self._group is not None and (deaths := self._group.deaths()):
+            if self._was_ready:
+                self._end_group("")
+            else:
+                self._failure = first_cause([cause_of(death) for death in deaths]).text
 
-    def _kill_all(self) -> None:
-        for _, child in self._children.values():
-            if child.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.send_signal(signal.SIGKILL)
-        for pidfd, (_, child) in self._children.items():
-            child.wait()
-            os.close(pidfd)
+    def _death_of(self, child: ChildProcess) -> Death:
+        record = read_failure(self._run_dir, child.name)
+        log, stack = tuple(child.log.last_lines()), crash_stack(self._run_dir, child)
+        return Death(child.name, child.pid, child.exit_code, record, log=log, stack=stack)
+
+    def _end_group(self, noticed: str) -> None:
+        """Kill the ranks of this epoch and tell the coordinator the first cause, or what it has noticed."""
+        group, self._group = self._group, None
+        assert group is not None
+        causes = [cause_of(death) for death in group.deaths()]
+        if noticed:
+            causes.append(Cause(CauseKind.OBSERVED, noticed))
+        group.end()
+        cause = first_cause(causes)
+        self._last_end = GroupEnded(
+            group.epoch, cause.text, cause.kind, cause.is_input_error, cause.is_from_outside
+        )
+        self._lane.send(self._last_end)
+
+    def _say_if_nobody_asks(self) -> None:
+        """Log the failure of a deployment whose program is busy with something else, which may be for hours."""
+        if self._failure is not None and not self._was_raised.wait(_ASKED_S) and not self._stop_asked:
+            _LOG.error("the deployment has ended: %s", self._failure)
+
+    def _end_all(self) -> None:
+        for child in self._children():
+            child.kill()
+        if self._group is not None:
+            self._group.end()
+        for child in self._coordinator:
+            child.release()
+        self._tee.drain(_DRAIN_S)

@@ -6,6 +6,12 @@ epoch from variables of tprt's own.
 
 from __future__ import annotations
 
+from launch.parent_death import RUN_DIR, die_with_parent
+
+if __name__ == "__main__":
+    # Before the imports below, which take their time.
+    die_with_parent()
+
 import contextlib
 import os
 import traceback
@@ -13,17 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.child import EPOCH, RUN_DIR, die_with_parent, run_child
-from launch.run_dir import read_config, worker_socket
+from launch.child import EPOCH, run_child
+from launch.run_dir import epoch_dir, heartbeats_path, read_config, worker_socket
+from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
 from tprt.errors import TransportError
 from tprt.log import configure_logging
 from tprt.messages import WorkerFailed
 from tprt.transport.codec import encode
+from tprt.transport.heartbeat import HeartbeatWriter, Phase
 
 if TYPE_CHECKING:
     from tprt.transport.channel import WorkerLink
-    from tprt.worker.main import Worker
 
 # The end of a traceback says most; a control message has a bound.
 _MAX_TRACEBACK = 32_000
@@ -56,18 +63,17 @@ def read_place() -> WorkerPlace:
 
 
 class WorkerProcess:
-    """The stages of a rank's life, with the name of the one it is in."""
+    """The phases of a rank's life until its model runs."""
 
-    def __init__(self, place: WorkerPlace, config: Config) -> None:
+    def __init__(self, place: WorkerPlace, config: Config, beat: HeartbeatWriter) -> None:
         self._place = place
         self._config = config
-        self._phase = "import"
-        self._worker: Worker | None = None
+        self._beat = beat
         self._link: WorkerLink | None = None
 
     def phase(self) -> str:
-        """Return the stage that is under way."""
-        return self._phase if self._worker is None else self._worker.phase
+        """Return the phase that is under way, in words."""
+        return self._beat.phase.words
 
     def report(self, error: Exception) -> None:
         """Tell the coordinator why this rank cannot go on, if it can still be told."""
@@ -85,43 +91,57 @@ class WorkerProcess:
 
         from launch.devices import choose_all_reduce, choose_device, threads_per_rank
         from tprt.checkpoint_config import read_checkpoint_config
-        from tprt.distributed import make_group
+        from tprt.distributed import GroupDeadlines, make_group
         from tprt.transport.link import ShmWorkerLink
+        from tprt.weights import join_load_exchange
         from tprt.worker.main import Worker
 
         place, config = self._place, self._config
-        self._phase = "start"
+        self._beat.set_phase(Phase.START)
         device = choose_device(config.runtime.device, place.local_rank)
         torch.set_num_threads(config.runtime.num_threads or threads_per_rank(place.local_world_size))
         timeout_s = config.supervision.startup_timeout_s
         socket = worker_socket(place.run_dir, place.epoch)
         link = ShmWorkerLink.connect(socket, epoch=place.epoch, rank=place.rank, timeout_s=timeout_s)
         self._link = link
-        self._phase = "process-group init"
+        self._beat.set_phase(Phase.GROUP_INIT)
         checkpoint = read_checkpoint_config(config.model.path)
+        meeting = epoch_dir(place.run_dir, place.epoch)
         group = make_group(
             choose_all_reduce(config.parallel.all_reduce, device),
             place.rank,
             place.world_size,
             device,
-            str(place.run_dir),
-            config.supervision.step_timeout_s,
+            str(meeting),
+            GroupDeadlines(timeout_s, config.supervision.step_timeout_s),
         )
-        self._worker = worker = Worker(config, link, place.epoch)
-        worker.prepare(checkpoint, group, device)
+        load_socket = str(meeting / "load.sock")
+        exchange = join_load_exchange(load_socket, place.local_rank, place.local_world_size, timeout_s)
+        worker = Worker(config, link, place.epoch, self._beat)
+        worker.prepare(checkpoint, group, device, exchange)
         worker.run()
         link.close()
         group.close()
 
 
+def open_beat(place: WorkerPlace) -> HeartbeatWriter:
+    """Open this rank's heartbeat, or one that nobody sees where whoever started it has made no file."""
+    path = heartbeats_path(place.run_dir, place.epoch)
+    is_read = path.exists()
+    beat = HeartbeatWriter.open(path, place.rank, place.epoch) if is_read else HeartbeatWriter.detached()
+    beat.set_phase(Phase.IMPORT)
+    return beat
+
+
 def main() -> None:
     """Run this rank."""
-    die_with_parent()
     place = read_place()
-    config = read_config(place.run_dir)
     name = f"rank {place.rank}"
+    install_stack_dumps(place.run_dir, name)
+    beat = open_beat(place)
+    config = read_config(place.run_dir)
     configure_logging(config.logging.level, config.logging.format, name)
-    process = WorkerProcess(place, config)
+    process = WorkerProcess(place, config, beat)
     run_child(name, place.run_dir, process.phase, process.run, process.report)
 
 

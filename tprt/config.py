@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def _word_or_list(value: object) -> str:
+    """Say which of the two a value means to be, so that what is wrong with it is said once."""
+    return "word" if isinstance(value, str) else "list"
+
+
+RankWeights = Annotated[
+    Annotated[tuple[PositiveFloat, ...], Tag("list")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_word_or_list),
+]
 
 
 class _Section(BaseModel):
@@ -36,15 +47,15 @@ class ParallelConfig(_Section):
 
     tensor_parallel_size: PositiveInt = 1
     """Number of ranks, each a process with one device."""
-    rank_weights: tuple[PositiveFloat, ...] | None = None
-    """Share of each rank, in any unit (GiB of its GPU, say); none: equal shares."""
+    rank_weights: RankWeights | None = None
+    """Share of each rank, in any unit (GiB of its GPU, say); auto: memory of its GPU; none: equal shares."""
     all_reduce: Literal["auto", "shm", "gloo", "nccl"] = "auto"
     """How ranks sum: auto takes nccl on CUDA devices and shm between CPU ranks."""
 
     @model_validator(mode="after")
     def _one_weight_for_each_rank(self) -> ParallelConfig:
         weights = self.rank_weights
-        if weights is not None and len(weights) != self.tensor_parallel_size:
+        if isinstance(weights, tuple) and len(weights) != self.tensor_parallel_size:
             raise ValueError(
                 f"rank_weights has {len(weights)} entries for tensor_parallel_size {self.tensor_parallel_size};"
                 " give one weight for each rank"
@@ -90,8 +101,8 @@ class RuntimeConfig(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA devices where there are any."""
-    attention_backend: Literal["auto", "sdpa"] = "auto"
-    """Attention kernels; auto takes the best that the device has."""
+    attention_backend: Literal["auto", "flash_attn_3", "flash_attn", "triton", "sdpa"] = "auto"
+    """Attention kernels; auto takes the first of these that works on the device, and sdpa on a CPU."""
     enforce_eager: bool = False
     """Launch kernels one by one, never from a captured CUDA graph; so far no graph is captured anywhere."""
     num_threads: PositiveInt | None = None
@@ -105,17 +116,25 @@ class ServerConfig(_Section):
     """Address to bind."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
+    drain_timeout_s: PositiveFloat = 30.0
+    """Longest time that running requests have to finish after SIGTERM; what has not finished then is ended."""
 
 
 class SupervisionConfig(_Section):
-    """Deadlines, in seconds; nothing waits without one."""
+    """Deadlines, in seconds (nothing waits without one), and what happens when ranks fail."""
 
     startup_timeout_s: PositiveFloat = 600.0
     """From the spawn of the ranks until all of them are ready."""
     step_timeout_s: PositiveFloat = 300.0
     """For one step of the model; a rank that takes longer has failed."""
+    stall_timeout_s: PositiveFloat = 30.0
+    """Ranks that show no progress for this long within a step are stuck, and their group has failed."""
     shutdown_grace_s: PositiveFloat = 5.0
     """Between asking a process to exit and killing it."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often failed ranks are replaced within restart_window_s before the engine gives up; 0: never."""
+    restart_window_s: PositiveFloat = 600.0
+    """The time within which restarts are counted."""
 
 
 class LoggingConfig(_Section):
@@ -143,6 +162,6 @@ class Config(_Section):
     server: ServerConfig = ServerConfig()
     """Where the HTTP server listens; so far there is none."""
     supervision: SupervisionConfig = SupervisionConfig()
-    """Deadlines, in seconds; nothing waits without one."""
+    """Deadlines, in seconds (nothing waits without one), and what happens when ranks fail."""
     logging: LoggingConfig = LoggingConfig()
     """What is written to standard error."""

@@ -239,6 +239,47 @@ class WorkerFailed:
     traceback: str
 
 
+@dataclass(frozen=True, slots=True)
+class StartGroup:
+    """Coordinator to supervisor: start the ranks of a new epoch."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReady:
+    """Coordinator to supervisor: every rank of the epoch is ready; from now on its end need not be the end."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndGroup:
+    """Coordinator to supervisor: kill the ranks of the epoch, which failed of `cause`; see `GroupEnded`."""
+
+    epoch: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEnded:
+    """Supervisor to coordinator: every process of the epoch is gone.
+
+    Attributes:
+        epoch: the worker group.
+        cause: what came first, with traceback and last log lines.
+        kind: a `CauseKind` of the coordinator's.
+        is_input_error: nothing but the user can put it right.
+        is_from_outside: a signal that nobody in the group raises by itself.
+    """
+
+    epoch: int
+    cause: str
+    kind: int
+    is_input_error: bool
+    is_from_outside: bool
+
+
 Message = (
     Hello
     | AddRequest
@@ -252,4 +293,8 @@ Message = (
     | EngineReady
     | WorkerReady
     | WorkerFailed
+    | StartGroup
+    | GroupReady
+    | EndGroup
+    | GroupEnded
 )

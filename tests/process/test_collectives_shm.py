@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tprt.distributed.factory import make_group
+from tprt.distributed.factory import GroupDeadlines, make_group
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
@@ -39,7 +39,7 @@ def play_exact(rank: int, world_size: int, run_dir: str) -> None:
     say(done="import")
     before = list_descriptors()
     for size in range(max(2, rank + 1), world_size + 1):
-        group = make_group("shm", rank, size, CPU, make_dir(run_dir, size), 30.0)
+        group = make_group("shm", rank, size, CPU, make_dir(run_dir, size), GroupDeadlines(30.0, 30.0))
         for dtype in DTYPES:
             for shape in SHAPES:
                 check_collectives(group, shape, dtype)
@@ -87,7 +87,7 @@ def check_collectives(group: TPGroup, shape: tuple[int, ...], dtype: torch.dtype
 def play_lose(rank: int, world_size: int, run_dir: str) -> None:
     """Sum until a peer is stopped, then, in a new group, until a peer is dead."""
     for number in (1, 2):
-        group = make_group("shm", rank, world_size, CPU, make_dir(run_dir, number), 1.0)
+        group = make_group("shm", rank, world_size, CPU, make_dir(run_dir, number), GroupDeadlines(1.0, 1.0))
         say(done=f"group {number}")
         tensor = torch.ones(576)
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tprt.distributed.factory import make_group
+from tprt.distributed.factory import GroupDeadlines, make_group
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
@@ -26,9 +26,9 @@ WORLD_SIZE = 3
 
 def play_rank(rank: int, run_dir: str) -> None:
     torch.set_num_threads(1)
-    group = make_group("gloo", rank, WORLD_SIZE, CPU, run_dir, 20.0)
+    group = make_group("gloo", rank, WORLD_SIZE, CPU, run_dir, GroupDeadlines(20.0, 20.0))
     with pytest.raises(TransportError, match="default group already"):
-        make_group("gloo", rank, WORLD_SIZE, CPU, run_dir, 20.0)
+        make_group("gloo", rank, WORLD_SIZE, CPU, run_dir, GroupDeadlines(20.0, 20.0))
     check(group)
     print(json.dumps({"digest": digest_of_sums(group)}), flush=True)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("tmpdir_of_children")
 WAIT_S = 60.0
 ENDLESS = 60_000
 REFUSED = [500]
+NO_RESTART = ["supervision.max_restarts=0"]
 
 
 def endless() -> SamplingParams:
@@ -92,7 +94,7 @@ def test_a_child_that_dies_before_python_runs_ends_all_at_once_and_is_named(
         monkeypatch, tmp_path, f'if [ "$RANK" = {victim} ]; then exit 7; fi; exec "$PYTHON" "$@"'
     )
     with pytest.raises(
-        EngineDeadError, match=rf"rank {victim} \(pid \d+\) ended unexpectedly with exit code 7$"
+        EngineDeadError, match=rf"rank {victim} \(pid \d+\) ended unexpectedly with exit code 7 in phase spawn$"
     ):
         LLM(tiny.config)
 
@@ -102,7 +104,7 @@ def test_a_child_that_dies_before_python_runs_ends_all_at_once_and_is_named(
 
 def test_an_error_that_only_a_rank_without_output_has_ends_all_with_its_traceback(tmp_path: Path) -> None:
     wide = make_tiny_deployment(tmp_path, TinyModel(heads=4, intermediate_size=16384))
-    with LLM(wide.config, ["cache.num_blocks=300"]) as llm:
+    with LLM(wide.config, ["cache.num_blocks=300", *NO_RESTART]) as llm:
         pid = llm.pids["rank 1"]
         size_kib = next(
             int(line.split()[1])
@@ -124,7 +126,7 @@ def test_an_error_that_only_a_rank_without_output_has_ends_all_with_its_tracebac
 
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1"])
 def test_a_stopped_rank_is_named_at_the_deadline_and_all_end(tiny: TinyDeployment, victim: str) -> None:
-    with LLM(tiny.config, ["supervision.step_timeout_s=2"]) as llm:
+    with LLM(tiny.config, ["supervision.step_timeout_s=2", *NO_RESTART]) as llm:
         pids = llm.pids
         os.kill(pids[victim], signal.SIGSTOP)
         with pytest.raises(EngineDeadError) as caught:
@@ -134,7 +136,7 @@ def test_a_stopped_rank_is_named_at_the_deadline_and_all_end(tiny: TinyDeploymen
 
 
 def test_a_stopped_coordinator_is_named_at_the_deadline_and_all_end(tiny: TinyDeployment) -> None:
-    settings = ["step_timeout_s=0.5", "shutdown_grace_s=0.1"]
+    settings = ["step_timeout_s=3", "shutdown_grace_s=0.1"]
     with LLM(tiny.config, [f"supervision.{setting}" for setting in settings]) as llm:
         pids = llm.pids
         os.kill(pids["coordinator"], signal.SIGSTOP)
@@ -151,7 +153,7 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize(("number", "exit_code"), SIGNALS, ids=[number.name for number, _ in SIGNALS])
-def test_a_signal_during_generation_ends_all_in_order(
+def test_a_signal_during_generation_ends_all_in_order_and_shows_what_there_is(
     tiny: TinyDeployment, number: signal.Signals, exit_code: int
 ) -> None:
     # That the refused prompt is answered says that the other one has been taken in.
@@ -163,7 +165,14 @@ def test_a_signal_during_generation_ends_all_in_order(
     assert len(pids) == 3
     os.killpg(command.pid, number)
     output, errors = command.communicate(timeout=WAIT_S)
-    assert (command.returncode, output) == (exit_code, ""), errors
+    assert command.returncode == exit_code, errors
+    (line,) = output.splitlines()
+    found = json.loads(line)
+    assert found["finish_reason"] == "abort"
+    # Few on a slow machine.
+    count = min(len(found["token_ids"]), 8)
+    assert found["token_ids"][:count] == tiny.expected([5, 6, 7], 8)[:count]
+    assert len(found["token_ids"]) < ENDLESS
     assert "Traceback" not in errors
     assert still_there(pids) == []
 

@@ -167,8 +167,8 @@ def test_a_checkpoint_without_a_tokenizer_takes_prompts_as_token_ids(tmp_path: P
 
 
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "coordinator"])
-def test_a_process_that_is_killed_ends_all_and_is_named(victim: str) -> None:
-    with LLM(CONFIG) as llm:
+def test_a_process_that_is_killed_and_not_replaced_ends_all_and_is_named(victim: str) -> None:
+    with LLM(CONFIG, ["supervision.max_restarts=0"]) as llm:
         pids = llm.pids
         os.kill(pids[victim], signal.SIGKILL)
         with pytest.raises(EngineDeadError, match=rf"{victim} \(pid {pids[victim]}\) was killed by SIGKILL"):

@@ -1,18 +1,23 @@
 """The loop between clients and workers: requests in, steps out, tokens back.
 
-All I/O of the coordinator is here and in `worker_group`. Whatever a client sends harms no other; whatever
-happens to a rank ends the loop with the first cause. Knows nothing of how lanes are made, processes started
-and configurations read.
+All I/O of the coordinator is here and in `worker_group`. Whatever a client sends harms no other. When a rank
+fails, the group is replaced as long as `replacement` allows, and every request goes on from the tokens it has;
+otherwise the loop ends with the first cause. Knows nothing of how lanes are made, processes started and
+configurations read.
 """
 
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Hashable
 
 from tprt.config import SupervisionConfig
+from tprt.coordinator.cause import Cause, GroupFailedError
+from tprt.coordinator.client_lane import ClientLane
 from tprt.coordinator.client_output import RequestKey, aborted_by_client, split_by_client
+from tprt.coordinator.group_keeper import GroupKeeper
+from tprt.coordinator.replacement import Replacement, cause_of_end
 from tprt.coordinator.scheduler import Scheduler
 from tprt.coordinator.worker_group import WorkerGroup
 from tprt.errors import EngineDeadError, InvalidRequestError, PeerLostError, TransportError
@@ -27,27 +32,13 @@ from tprt.messages import (
     RequestFailed,
     Shutdown,
 )
-from tprt.transport.channel import Buffer, WorkerHub
+from tprt.transport.channel import WorkerHub
 from tprt.transport.codec import decode, encode
 
 _LOG = get_logger(__name__)
-
-
-class ClientLane(Protocol):
-    """The coordinator's end of the lane to all clients."""
-
-    def receive(self, timeout_s: float) -> tuple[bytes, bytes] | None:
-        """Return the next message with its sender, or None when there is none in time (0: do not wait)."""
-
-    def send(self, client_id: bytes, parts: Sequence[Buffer]) -> None:
-        """Send the concatenation of `parts` to one client.
-
-        Raises:
-            PeerLostError: that client is gone.
-        """
-
-    def fileno(self) -> int:
-        """A descriptor that becomes readable when something comes after `receive` has returned None."""
+# Between two looks at the deadline while a new group starts.
+_LOOK_S = 1.0
+_FIRST_EPOCH = 0
 
 
 class Coordinator:
@@ -60,21 +51,25 @@ class Coordinator:
         make_scheduler: Callable[[int], Scheduler],
         world_size: int,
         supervision: SupervisionConfig,
-        epoch: int = 0,
+        keeper: GroupKeeper | None = None,
     ) -> None:
         """Assign only; `run` does the work, and the caller closes `clients` and `hub` after it.
 
         Args:
             clients: where requests come from.
-            hub: lanes to the ranks.
+            hub: lanes to the ranks of epoch 0.
             make_scheduler: makes the scheduler from the number of KV blocks that every rank has.
             world_size: number of ranks.
-            supervision: deadlines.
-            epoch: number of the worker group.
+            supervision: deadlines, and how often ranks are replaced.
+            keeper: who owns the processes of the ranks; without one they are never replaced.
         """
         self._clients = clients
-        self._group = WorkerGroup(hub, world_size, epoch, supervision)
+        self._supervision = supervision
+        watch = None if keeper is None else keeper.open_watch(_FIRST_EPOCH)
+        self._group = WorkerGroup(hub, world_size, _FIRST_EPOCH, supervision, watch)
         self._make_scheduler = make_scheduler
+        self._keeper = keeper
+        self._replacement = Replacement(keeper, supervision)
         self._shutdown: Shutdown | None = None
         self._scheduler: Scheduler
 
@@ -86,39 +81,139 @@ class Coordinator:
         Raises:
             EngineDeadError: the engine cannot go on; carries the first cause.
         """
-        self._scheduler = self._make_scheduler(self._group.wait_until_ready())
-        self._log_ready()
         try:
-            self._serve()
+            self._scheduler = self._make_scheduler(self._group.wait_until_ready())
+            self._announce_ready()
+            self._log_ready()
+            self._serve_until_shutdown()
+        finally:
+            self._group.close(but_lanes=self._group.epoch == _FIRST_EPOCH)
+
+    def _serve_until_shutdown(self) -> None:
+        try:
+            while self._shutdown is None:
+                try:
+                    self._serve()
+                except GroupFailedError as error:
+                    self._replace_group(error.cause)
+            self._end(self._shutdown.reason)
         except EngineDeadError as error:
             for client_id in {key.client_id for key in self._unfinished()}:
                 self._send(client_id, EngineFailed(str(error)))
             raise
 
     def _serve(self) -> None:
-        poller = select.poll()
-        for fd in (self._clients.fileno(), *self._group.filenos()):
-            poller.register(fd, select.POLLIN)
+        """Run steps and wait for work until a client sends `Shutdown`.
+
+        Raises:
+            GroupFailedError: the ranks cannot go on.
+        """
+        poller = self._make_poller()
         while True:
             # Nothing may be sent to clients between this and the wait: it is the empty receive at the end of
             # this that arms the descriptor for what comes next.
             self._drain_clients()
             if self._shutdown is not None:
-                self._end(self._shutdown.reason)
                 return
             if not self._run_step():
+                self._note_requests()
                 poller.poll()
-                self._group.raise_if_failed()
+                self._raise_if_group_failed()
+
+    def _make_poller(self) -> select.poll:
+        poller = select.poll()
+        keeper = [] if self._keeper is None else [self._keeper.fileno()]
+        for fd in (self._clients.fileno(), *self._group.filenos(), *keeper):
+            poller.register(fd, select.POLLIN)
+        return poller
 
     def _run_step(self) -> bool:
         """Run one step and tell clients; False when there is nothing to run."""
         step = self._scheduler.schedule()
         if step is None:
             return False
+        self._note_requests()
         result = self._scheduler.update(self._group.run_step(step))
+        if self._replacement.step_finished(result.keys.tolist):
+            self._scheduler.isolate(self._replacement.to_isolate())
         for client_id, output in split_by_client(result):
             self._send(client_id, output)
         return True
+
+    def _note_requests(self) -> None:
+        scheduler = self._scheduler
+        self._group.note_requests(scheduler.num_running, scheduler.num_waiting, scheduler.oldest_waiting_ns)
+
+    def _raise_if_group_failed(self) -> None:
+        self._group.raise_if_failed()
+        if self._keeper is None:
+            return
+        try:
+            ended = self._keeper.receive(0.0)
+        except TransportError as error:
+            raise EngineDeadError(str(error)) from error
+        if ended is not None and ended.epoch == self._group.epoch:
+            raise GroupFailedError(cause_of_end(ended))
+
+    def _replace_group(self, noticed: Cause) -> None:
+        """Serve on with new ranks; comes back when they are ready, or a client has sent `Shutdown`.
+
+        Raises:
+            EngineDeadError: they are not replaced.
+        """
+        while True:
+            cause = self._replacement.settle(self._group.epoch, noticed)
+            self._start_next_group(cause)
+            try:
+                self._wait_for_group()
+                return
+            except GroupFailedError as error:
+                noticed = error.cause
+
+    def _start_next_group(self, cause: Cause) -> None:
+        """Give every request back to the queue, but for one that kills, and start new ranks."""
+        scheduler, failed_epoch = self._scheduler, self._group.epoch
+        assert self._keeper is not None
+        in_step = scheduler.keys_in_flight()
+        guilty = self._replacement.judge(failed_epoch, cause, in_step, scheduler.unfinished_keys())
+        scheduler.reset_for_epoch(failed_epoch + 1)
+        if guilty is not None:
+            self._fail_request(guilty.key, guilty.message)
+        scheduler.isolate(self._replacement.to_isolate())
+        self._group.close()
+        hub, watch = self._keeper.open_hub(failed_epoch + 1), self._keeper.open_watch(failed_epoch + 1)
+        self._group = WorkerGroup(hub, self._group.world_size, failed_epoch + 1, self._supervision, watch)
+        self._keeper.start(failed_epoch + 1)
+
+    def _wait_for_group(self) -> None:
+        """Queue what clients send until every rank is ready, or one sends `Shutdown`."""
+        started_s = time.monotonic()
+        poller = self._make_poller()
+        while (num_blocks := self._group.num_blocks_if_ready()) is None:
+            self._drain_clients()
+            if self._shutdown is not None:
+                return
+            poller.poll(_LOOK_S * 1000)
+            self._raise_if_group_failed()
+        if num_blocks != self._scheduler.limits.num_blocks:
+            for key in self._scheduler.resize(num_blocks):
+                self._fail_request(key, f"the ranks were replaced and have {num_blocks} KV blocks now: too few")
+        self._announce_ready()
+        num_unfinished = len(self._scheduler.unfinished_keys())
+        _LOG.warning(
+            "the ranks are ready again after %.1f s; %d requests go on",
+            *(time.monotonic() - started_s, num_unfinished),
+        )
+
+    def _announce_ready(self) -> None:
+        self._group.begin_serving()
+        if self._keeper is not None:
+            self._keeper.is_ready(self._group.epoch)
+
+    def _fail_request(self, key: Hashable, message: str) -> None:
+        self._scheduler.abort(key)
+        assert isinstance(key, RequestKey)
+        self._send(key.client_id, RequestFailed(key.request_id, message))
 
     def _drain_clients(self) -> None:
         while (received := self._clients.receive(0.0)) is not None:
@@ -144,7 +239,7 @@ class Coordinator:
 
     def _add(self, client_id: bytes, request: AddRequest) -> None:
         try:
-            self._scheduler.add(RequestKey(client_id, request.request_id), request)
+            self._scheduler.add(RequestKey(client_id, request.request_id), request, time.monotonic_ns())
         except InvalidRequestError as error:
             self._send(client_id, RequestFailed(request.request_id, str(error)))
 

@@ -3,16 +3,18 @@
 Every running sequence that only lacks its newest token is in every step (a decode); what is left of the token
 budget goes to prompts, in chunks, oldest first; then waiting sequences are admitted, first come, first
 served. When blocks run out, the sequence that was admitted last is preempted: it goes back to the head of the
-queue with the tokens it has, and is computed again.
+queue with the tokens it has, and is computed again. Requests that are isolated come before all others, one
+after the other, each in steps of its own.
 
 Does no I/O and reads no clock: the same calls give the same steps.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from tprt.coordinator.kv_allocation import KVAllocation
 from tprt.coordinator.limits import SchedulerLimits, check_request
 from tprt.coordinator.result import StepResult, find_finish_reasons, make_result
 from tprt.coordinator.sequence import Sequence, SequenceTable, Slots
-from tprt.coordinator.step import Batch, StepInFlight, advance, build_step_input, make_batch
+from tprt.coordinator.step import Batch, StepInFlight, advance, build_step_input, make_batch, share_budget
 from tprt.errors import InvalidRequestError
 from tprt.messages import AddRequest, FinishReason, Int32Array, StepInput, StepOutput
 
@@ -55,6 +57,7 @@ class Scheduler:
         self._draw_seed = draw_seed
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
+        self._isolated: list[Hashable] = []
         self._num_preemptions = 0
         self._start_epoch(epoch)
 
@@ -106,8 +109,22 @@ class Scheduler:
         """Return the keys of all requests that have not ended."""
         return list(self._sequences)
 
-    def add(self, key: Hashable, request: AddRequest) -> None:
-        """Queue a request under `key`.
+    def keys_in_flight(self) -> list[Hashable]:
+        """Return the keys of the unfinished requests that are in the step in flight."""
+        keys = [key for step in self._in_flight for key in self._table.keys[step.slots].tolist()]
+        return [key for key in keys if key in self._sequences]
+
+    def isolate(self, keys: Iterable[Hashable]) -> None:
+        """Run these requests, and from now on only these, in steps of their own, before all others."""
+        self._isolated = list(keys)
+
+    @property
+    def oldest_waiting_ns(self) -> int:
+        """When the request at the head of the queue came, as it was told; 0 when none waits."""
+        return next(iter(self._waiting.values())).arrived_ns if self._waiting else 0
+
+    def add(self, key: Hashable, request: AddRequest, arrived_ns: int = 0) -> None:
+        """Queue a request under `key`, which came at `arrived_ns`.
 
         Raises:
             InvalidRequestError: the key is in use, or the request could never be served.
@@ -119,7 +136,7 @@ class Scheduler:
         check_request(request, self._limits, self._vocab_size)
         sampling, tokens = request.sampling, request.prompt_token_ids
         seed = self._draw_seed() if sampling.seed is None else sampling.seed
-        sequence = Sequence(key, request.request_id, sampling, seed, len(tokens), tokens)
+        sequence = Sequence(key, request.request_id, sampling, seed, len(tokens), tokens, arrived_ns)
         self._sequences[key] = self._waiting[key] = sequence
 
     def abort(self, key: Hashable) -> None:
@@ -137,8 +154,8 @@ class Scheduler:
     def schedule(self) -> StepInput | None:
         """Choose and start the next step; None when nothing can run."""
         assert not self._in_flight, "the output of the last step has not been brought back"
-        preempted = self._grow_running()
-        batch = self._choose(may_admit=not preempted)
+        sequence = self._next_isolated()
+        batch = self._choose_from_all() if sequence is None else self._choose_alone(sequence)
         if batch is None:
             return None
         step = build_step_input(self._table, batch, self._limits.block_size, self._epoch, self._next_step)
@@ -171,6 +188,14 @@ class Scheduler:
         self._waiting = OrderedDict((sequence.key, sequence) for sequence in waiting)
         self._start_epoch(epoch)
 
+    def resize(self, num_blocks: int) -> list[Hashable]:
+        """Go on with another number of KV blocks, right after `reset_for_epoch`; return what no longer fits."""
+        assert not len(self._running), "blocks are in use"
+        self._limits = dataclasses.replace(self._limits, num_blocks=num_blocks)
+        self._start_epoch(self._epoch)
+        most = self._limits.max_sequence_len - 1
+        return [key for key, sequence in self._waiting.items() if len(sequence.token_ids) > most]
+
     def check(self) -> None:
         """Assert that blocks, tables, slots and queues agree."""
         table = self._table
@@ -183,18 +208,32 @@ class Scheduler:
         assert keys == self._sequences.keys()
         assert len(keys) == len(self._waiting) + len(going_on)
 
-    def _grow_running(self) -> bool:
-        """Give every running sequence room for its newest token; tell whether any had to give way."""
+    def _next_isolated(self) -> Sequence | None:
+        while self._isolated and self._isolated[0] not in self._sequences:
+            del self._isolated[0]
+        return self._sequences[self._isolated[0]] if self._isolated else None
+
+    def _choose_alone(self, sequence: Sequence) -> Batch:
+        """Let one sequence compute what the budget allows; others give way if it has no room."""
+        while sequence.slot < 0 and not self._try_admit(sequence, 0):
+            self._preempt(int(self._running[-1]))
+        slots = np.array([sequence.slot], np.intp)
+        while not self._kv.try_grow(slots):
+            self._preempt(int(self._running[self._running != sequence.slot][-1]))
+        query_lens = share_budget(self._lacking(slots), self._limits.max_num_batched_tokens)
+        return make_batch(self._table, slots, query_lens)
+
+    def _choose_from_all(self) -> Batch | None:
+        """Give every running sequence room for its newest token, and choose unless any had to give way."""
         preempted = False
         while not self._kv.try_grow(self._running):
-            self._preempt_last()
+            self._preempt(int(self._running[-1]))
             preempted = True
-        return preempted
+        return self._choose(may_admit=not preempted)
 
-    def _preempt_last(self) -> None:
-        """Send the sequence that was admitted last back to the head of the queue."""
-        slot = int(self._running[-1])
-        self._running = self._running[:-1]
+    def _preempt(self, slot: int) -> None:
+        """Send a sequence back to the head of the queue."""
+        self._running = self._running[self._running != slot]
         sequence = self._kv.release(slot)
         self._waiting[sequence.key] = sequence
         self._waiting.move_to_end(sequence.key, last=False)
@@ -207,11 +246,10 @@ class Scheduler:
         if not (may_admit and self._waiting) and (lacking == 1).all():
             # Most steps: decodes alone, no prompt to share a budget with.
             return Batch(self._running, lacking, len(lacking)) if len(lacking) else None
-        query_lens = self._share(lacking, budget)
+        query_lens = share_budget(lacking, budget)
         if may_admit and self._waiting:
-            admitted = self._admit(budget - int(query_lens.sum()))
-            self._running = np.concatenate([self._running, admitted])
-            query_lens = self._share(self._lacking(self._running), budget)
+            self._admit(budget - int(query_lens.sum()))
+            query_lens = share_budget(self._lacking(self._running), budget)
         if len(query_lens) == 0:
             return None
         in_step = query_lens > 0
@@ -221,30 +259,23 @@ class Scheduler:
         """Return the tokens `[S]` of each row that have not been computed."""
         return self._table.num_tokens[slots] - self._table.num_computed_tokens[slots]
 
-    @staticmethod
-    def _share(lens: Int32Array, budget: int) -> Int32Array:
-        """Cut `lens` `[S]`, in place, to what each row computes next; decodes always get their one."""
-        is_prefill = lens > 1
-        if is_prefill.any():
-            wanted = lens[is_prefill]
-            budget -= len(lens) - len(wanted)
-            before = np.cumsum(wanted) - wanted
-            lens[is_prefill] = np.clip(budget - before, 0, wanted)
-        return lens
-
-    def _admit(self, budget: int) -> Slots:
+    def _admit(self, budget: int) -> None:
         """Give rows to waiting sequences in their order, as long as there are tokens, rows and blocks."""
-        admitted: list[int] = []
-        while budget > 0 and self._waiting and self._table.num_free_slots:
-            key, sequence = next(iter(self._waiting.items()))
+        while budget > 0 and self._waiting:
             # With a block left for each that runs, none must give way before it has filled it.
-            slot = self._kv.try_place(sequence, num_reserved=len(self._running) + len(admitted))
-            if slot is None:
+            sequence = next(iter(self._waiting.values()))
+            if not self._try_admit(sequence, num_reserved=len(self._running)):
                 break
-            del self._waiting[key]
-            admitted.append(slot)
-            budget -= int(self._table.num_tokens[slot] - self._table.num_computed_tokens[slot])
-        return np.array(admitted, np.intp)
+            budget -= int(self._lacking(self._running[-1:])[0])
+
+    def _try_admit(self, sequence: Sequence, num_reserved: int) -> bool:
+        """Let a waiting sequence run if there are a row and its blocks, and `num_reserved` blocks besides."""
+        slot = self._kv.try_place(sequence, num_reserved) if self._table.num_free_slots else None
+        if slot is None:
+            return False
+        del self._waiting[sequence.key]
+        self._running = np.append(self._running, slot)
+        return True
 
     def _end(self, slots: Slots) -> None:
         """End the sequences of `slots` that have not ended yet."""

@@ -37,6 +37,7 @@ class Sequence:
         seed: seed of its noise.
         prompt_len: tokens of the prompt.
         token_ids: prompt and output so far, `[n]`; out of date while the sequence has a slot.
+        arrived_ns: when it came, as the caller said.
         slot: its row of the table, or -1 while it waits.
         num_cached_tokens: prompt tokens that came from the prefix cache when it first ran; -1 before that.
         block_hashes: hashes of its leading full blocks, as far as they were needed.
@@ -48,6 +49,7 @@ class Sequence:
     seed: int
     prompt_len: int
     token_ids: Int32Array
+    arrived_ns: int = 0
     slot: int = -1
     num_cached_tokens: int = _UNKNOWN
     block_hashes: list[bytes] = field(default_factory=list)

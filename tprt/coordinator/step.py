@@ -99,3 +99,14 @@ def _gather_token_ids(table: SequenceTable, batch: Batch, context_lens: Int32Arr
     rows = zip(batch.slots[n:].tolist(), ends, lens, strict=True)
     chunks = [table.token_ids[slot, end - length : end] for slot, end, length in rows]
     return np.concatenate([decodes, *chunks])
+
+
+def share_budget(lens: Int32Array, budget: int) -> Int32Array:
+    """Cut `lens` `[S]`, in place, to what each row computes next; decodes always get their one."""
+    is_prefill = lens > 1
+    if is_prefill.any():
+        wanted = lens[is_prefill]
+        budget -= len(lens) - len(wanted)
+        before = np.cumsum(wanted) - wanted
+        lens[is_prefill] = np.clip(budget - before, 0, wanted)
+    return lens

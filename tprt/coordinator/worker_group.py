@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tprt.config import SupervisionConfig
-from tprt.errors import EngineDeadError, TransportError, TransportTimeoutError
+from tprt.coordinator.cause import Cause, CauseKind, GroupFailedError, first_cause
+from tprt.coordinator.group_watch import GroupWatch
+from tprt.errors import TransportError, TransportTimeoutError
 from tprt.log import get_logger
 from tprt.messages import Shutdown, StepInput, StepOutput, WorkerFailed, WorkerReady
 from tprt.transport.channel import ControlEvent, WorkerHub
@@ -23,14 +25,32 @@ _CONSEQUENCE = "PeerLostError"
 
 
 class WorkerGroup:
-    """The ranks of one epoch, through their lanes; every failure of theirs is an `EngineDeadError`."""
+    """The ranks of one epoch, through their lanes; every failure of theirs is a `GroupFailedError`."""
 
-    def __init__(self, hub: WorkerHub, world_size: int, epoch: int, supervision: SupervisionConfig) -> None:
+    def __init__(
+        self,
+        hub: WorkerHub,
+        world_size: int,
+        epoch: int,
+        supervision: SupervisionConfig,
+        watch: GroupWatch | None = None,
+    ) -> None:
         self._hub = hub
+        self._watch = watch
         self._world_size = world_size
         self._epoch = epoch
         self._supervision = supervision
         self._ready: dict[int, WorkerReady] = {}
+        self._start_deadline_s = time.monotonic() + supervision.startup_timeout_s
+        # Often enough that a stall is noticed soon after it is one.
+        self._look_s = min(1.0, supervision.stall_timeout_s / 8)
+        if watch is not None:
+            watch.begin_wait(None)
+
+    @property
+    def epoch(self) -> int:
+        """Number of this group."""
+        return self._epoch
 
     @property
     def world_size(self) -> int:
@@ -45,44 +65,74 @@ class WorkerGroup:
         """Wait until every rank has loaded; return the KV blocks that all of them have.
 
         Raises:
-            EngineDeadError: a rank failed, is gone, or is not ready within `startup_timeout_s`.
+            GroupFailedError: a rank failed, is gone, or is not ready within `startup_timeout_s`.
         """
-        deadline_s = time.monotonic() + self._supervision.startup_timeout_s
-        try:
-            self._hub.accept_all(self._supervision.startup_timeout_s)
-        except TransportError as error:
-            self._fail_in_transport("the start", "startup_timeout_s", error)
-        while len(self._ready) < self._world_size:
-            event = self._hub.receive_control(max(0.0, deadline_s - time.monotonic()))
-            if event is None and time.monotonic() >= deadline_s:
-                self._fail_late_start()
+        self._start_deadline_s = time.monotonic() + self._supervision.startup_timeout_s
+        while (num_blocks := self.num_blocks_if_ready()) is None:
+            left_s = self._start_deadline_s - time.monotonic()
+            event = self._hub.receive_control(max(0.0, min(left_s, self._look_s)))
             if event is not None:
                 self._take(event)
-        return min(ready.num_blocks for ready in self._ready.values())
+        return num_blocks
+
+    def num_blocks_if_ready(self) -> int | None:
+        """Return the KV blocks that all ranks have once every rank has loaded, None before that.
+
+        Does not wait; `raise_if_failed` takes in what makes the difference.
+
+        Raises:
+            GroupFailedError: a rank is not ready within `startup_timeout_s`, or is stopped.
+        """
+        if len(self._ready) == self._world_size:
+            return min(ready.num_blocks for ready in self._ready.values())
+        if self._watch is not None and (
+            stall := self._watch.find_stuck_start(self._supervision.stall_timeout_s)
+        ):
+            _fail_observed(f"{stall} (supervision.stall_timeout_s)")
+        if time.monotonic() >= self._start_deadline_s:
+            self._fail_late_start()
+        return None
 
     def run_step(self, step: StepInput) -> StepOutput:
         """Let every rank run `step` and return rank 0's answer.
 
         Raises:
-            EngineDeadError: a rank failed, is gone, or did not take or answer the step in `step_timeout_s`.
+            GroupFailedError: a rank failed, is gone, or did not take or answer the step in `step_timeout_s`.
         """
-        deadline_s = time.monotonic() + self._supervision.step_timeout_s
         try:
             self._hub.steps.send(encode(step), self._supervision.step_timeout_s)
+            if self._watch is not None:
+                self._watch.begin_wait(step.step)
             while True:
-                received = self._hub.receive_output(max(0.0, deadline_s - time.monotonic()))
+                received = self._receive_output(step)
                 if not isinstance(received, bytes):
                     self._take(received)
                 elif (output := self._check_output(step, received)) is not None:
+                    if self._watch is not None:
+                        self._watch.finish_step(step.step)
                     return output
         except TransportError as error:
             self._fail_in_transport(f"step {step.step}", "step_timeout_s", error)
+
+    def _receive_output(self, step: StepInput) -> bytes | ControlEvent:
+        """Wait for the answer to `step` or news of a rank, and look now and then whether any rank moves on."""
+        timeout_s, watch = self._supervision.step_timeout_s, self._watch
+        if watch is None:
+            return self._hub.receive_output(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                return self._hub.receive_output(min(left_s, self._look_s))
+            except TransportTimeoutError:
+                if (stall := watch.find_stall(self._supervision.stall_timeout_s)) is not None:
+                    _fail_observed(f"{stall} (supervision.stall_timeout_s)")
+        raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s; {watch.where_all_are()}")
 
     def raise_if_failed(self) -> None:
         """Take in what ranks have said on their control lanes, without waiting.
 
         Raises:
-            EngineDeadError: a rank failed or is gone.
+            GroupFailedError: a rank failed or is gone.
         """
         while (event := self._hub.receive_control(0.0)) is not None:
             self._take(event)
@@ -93,6 +143,23 @@ class WorkerGroup:
             self._hub.steps.send(encode(Shutdown(reason)), self._supervision.shutdown_grace_s)
         except TransportError as error:
             _LOG.warning("a rank could not be asked to shut down: %s", error)
+
+    def begin_serving(self) -> None:
+        """Note that all ranks are ready, for whoever looks at the heartbeats."""
+        if self._watch is not None:
+            self._watch.begin_serving()
+
+    def note_requests(self, num_running: int, num_waiting: int, oldest_waiting_ns: int) -> None:
+        """Note how many requests run and wait, for whoever looks at the heartbeats."""
+        if self._watch is not None:
+            self._watch.set_requests(num_running, num_waiting, oldest_waiting_ns)
+
+    def close(self, but_lanes: bool = False) -> None:
+        """Close the lanes and the heartbeats; ranks that are still there see the loss of the coordinator."""
+        if self._watch is not None:
+            self._watch.close()
+        if not but_lanes:
+            self._hub.close()
 
     def _take(self, event: ControlEvent) -> None:
         message = None if event.payload is None else decode(event.payload)
@@ -107,13 +174,13 @@ class WorkerGroup:
         """Return the answer to `step`; None for one of an older epoch."""
         output = decode(payload)
         if not isinstance(output, StepOutput):
-            raise EngineDeadError(f"rank 0 sent {type(output).__name__}; expected StepOutput")
+            _fail_observed(f"rank 0 sent {type(output).__name__}; expected StepOutput")
         if output.epoch < self._epoch:
             return None
         found = (output.epoch, output.step, len(output.token_ids))
         expected = (step.epoch, step.step, int(step.samples.sum()))
         if found != expected:
-            raise EngineDeadError(
+            _fail_observed(
                 f"rank 0 answered with (epoch, step, tokens) {found}; expected {expected}: coordinator and"
                 " workers must be of one version"
             )
@@ -132,17 +199,17 @@ class WorkerGroup:
                 failures.append((event.rank, message))
         return failures
 
-    def _fail(self, failures: Sequence[tuple[int, WorkerFailed | None]]) -> NoReturn:
-        rank, failed = first_cause(failures)
-        if failed is None:
-            raise EngineDeadError(f"rank {rank} is gone: its process ended without a report")
-        raise EngineDeadError(f"{failed.traceback}rank {rank} failed in phase {failed.phase}: {failed.error}")
+    @staticmethod
+    def _fail(failures: Sequence[tuple[int, WorkerFailed | None]]) -> NoReturn:
+        raise GroupFailedError(first_cause(causes_of(failures)))
 
     def _fail_late_start(self) -> NoReturn:
         late = sorted(set(range(self._world_size)) - self._ready.keys())
-        raise EngineDeadError(
-            f"of {self._world_size} ranks, {late} were not ready after {self._supervision.startup_timeout_s} s;"
-            " raise supervision.startup_timeout_s if loading takes longer"
+        where = "" if self._watch is None else f"{self._watch.where_all_are()}; "
+        _fail_observed(
+            f"{where}of {self._world_size} ranks, {late} were not ready after"
+            f" {self._supervision.startup_timeout_s} s; raise supervision.startup_timeout_s if loading takes"
+            " longer"
         )
 
     def _fail_in_transport(self, what: str, setting: str, error: TransportError) -> NoReturn:
@@ -150,25 +217,26 @@ class WorkerGroup:
         if failures := self._gather_failures():
             self._fail(failures)
         limit = f" (supervision.{setting})" if isinstance(error, TransportTimeoutError) else ""
-        raise EngineDeadError(f"{what} failed: {error}{limit}") from error
+        _fail_observed(f"{what} failed: {error}{limit}")
 
 
-def first_cause(failures: Sequence[tuple[int, WorkerFailed | None]]) -> tuple[int, WorkerFailed | None]:
-    """Return the failure that the others follow from.
-
-    A rank's own error comes before a loss without a word, and that before those that only report the loss of
-    another process; among equals the one that came first.
+def causes_of(failures: Sequence[tuple[int, WorkerFailed | None]]) -> list[Cause]:
+    """Return what each of `failures` says about the cause.
 
     Args:
-        failures: (rank, its report), in the order in which they came; None where a rank is just gone.
+        failures: (rank, its report), in the order in which they came; None where a rank is just gone. A rank
+            that has reported goes soon after; that is no further failure.
     """
     reported = {rank for rank, failed in failures if failed is not None}
+    return [_cause_of(rank, failed) for rank, failed in failures if failed is not None or rank not in reported]
 
-    def order(failure: tuple[int, WorkerFailed | None]) -> int:
-        rank, failed = failure
-        if failed is None:
-            # A rank that has reported goes soon after; that is no further failure.
-            return 3 if rank in reported else 1
-        return 2 if failed.error.startswith(_CONSEQUENCE) else 0
 
-    return min(failures, key=order)
+def _cause_of(rank: int, failed: WorkerFailed | None) -> Cause:
+    if failed is None:
+        return Cause(CauseKind.SILENT_DEATH, f"rank {rank} is gone: its process ended without a report")
+    kind = CauseKind.CONSEQUENCE if failed.error.startswith(_CONSEQUENCE) else CauseKind.OWN_ERROR
+    return Cause(kind, f"{failed.traceback}rank {rank} failed in phase {failed.phase}: {failed.error}")
+
+
+def _fail_observed(text: str) -> NoReturn:
+    raise GroupFailedError(Cause(CauseKind.OBSERVED, text))

@@ -6,12 +6,14 @@ Knows nothing of settings or of the environment: whoever starts the ranks choose
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from tprt.distributed.shm_collectives import ShmCollectives
-from tprt.distributed.torch_collectives import Rendezvous, TorchCollectives, file_store
+from tprt.distributed.shm_rendezvous import exchange_memory
+from tprt.distributed.torch_collectives import Rendezvous, TorchCollectives, file_store, meet_in_store
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
@@ -21,8 +23,21 @@ _SOCKET_NAME = "collectives.sock"
 _STORE_NAME = "collectives.store"
 
 
+@dataclass(frozen=True, slots=True)
+class GroupDeadlines:
+    """Longest waits for the other ranks, in seconds: until all have come, and in a collective."""
+
+    meet_s: float
+    collective_s: float
+
+
 def make_group(
-    backend: CollectiveBackend, rank: int, world_size: int, device: torch.device, run_dir: str, timeout_s: float
+    backend: CollectiveBackend,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    run_dir: str,
+    deadlines: GroupDeadlines,
 ) -> TPGroup:
     """Meet the other ranks of this host and return the group, ready for collectives.
 
@@ -33,7 +48,7 @@ def make_group(
         device: where the tensors of this rank are.
         run_dir: an existing directory, private to this one group: a group that takes the place of a failed
             one needs a new one.
-        timeout_s: longest wait for the other ranks, here and in a collective, in seconds.
+        deadlines: longest waits for the other ranks.
 
     Raises:
         TransportError: the backend does not fit the device, or the group could not be formed.
@@ -45,9 +60,14 @@ def make_group(
     _check_device(backend, device)
     if backend == "shm":
         path = os.path.join(run_dir, _SOCKET_NAME)
-        return TPGroup(rank, world_size, ShmCollectives.rendezvous(path, rank, world_size, timeout_s))
+        memory = exchange_memory(path, rank, world_size, deadlines.meet_s)
+        try:
+            return TPGroup(rank, world_size, ShmCollectives(rank, world_size, memory, deadlines.collective_s))
+        finally:
+            memory.close()
     store = file_store(os.path.join(run_dir, _STORE_NAME), world_size)
-    rendezvous = Rendezvous(store=store, timeout_s=timeout_s)
+    meet_in_store(store, rank, world_size, deadlines.meet_s)
+    rendezvous = Rendezvous(store=store, timeout_s=deadlines.collective_s)
     return TPGroup(rank, world_size, TorchCollectives(backend, rank, world_size, device, rendezvous))
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from tprt.distributed.shm_memory import NUM_BUFFERS, ShmGroupMemory, slots_start
-from tprt.distributed.shm_rendezvous import exchange_memory
 from tprt.distributed.shm_rounds import ShmRounds
 from tprt.errors import TransportError
 
@@ -90,23 +89,6 @@ class ShmCollectives:
         self._message_views: dict[tuple[torch.dtype, torch.Size], tuple[int, _Views]] = {}
         self._rounds = ShmRounds(rank, memory, self._words, timeout_s, _describe)
         self._chunk = 0
-
-    @classmethod
-    def rendezvous(cls, path: str, rank: int, world_size: int, timeout_s: float) -> ShmCollectives:
-        """Meet the other ranks of this host at the unix socket `path`, which rank 0 creates.
-
-        Ranks come in any order. `path` lies in a directory that is private to this group.
-
-        Raises:
-            TransportTimeoutError: names the ranks that did not come in time.
-            PeerLostError: a rank went away during the rendezvous.
-            TransportError: the path is too long, or the ranks disagree about who they are.
-        """
-        memory = exchange_memory(path, rank, world_size, timeout_s)
-        try:
-            return cls(rank, world_size, memory, timeout_s)
-        finally:
-            memory.close()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place and return it."""

@@ -48,6 +48,23 @@ def file_store(path: str, world_size: int) -> Store:
     return store
 
 
+def meet_in_store(store: Store, rank: int, world_size: int, timeout_s: float) -> None:
+    """Wait until every rank of the group has come to `store`.
+
+    Raises:
+        TransportTimeoutError: names the ranks that did not come in time.
+    """
+    keys = [f"tprt-rank-{number}" for number in range(world_size)]
+    store.set(keys[rank], "")
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError as error:  # DistStoreError
+        missing = [number for number, key in enumerate(keys) if not store.check([key])]
+        raise TransportTimeoutError(
+            f"of {world_size} ranks, {missing} did not come to the rendezvous within {timeout_s:g} s"
+        ) from error
+
+
 class TorchCollectives:
     """One rank's end of the default process group; see `Collectives` for the methods.
 

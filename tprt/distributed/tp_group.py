@@ -46,6 +46,38 @@ class Collectives(Protocol):
         """Release everything; idempotent. Peers that still wait see it as a lost rank."""
 
 
+class GroupObserver(Protocol):
+    """Who is told where this rank is, so that others can see where it is stuck; must cost next to nothing."""
+
+    def enter_layer(self, layer: int) -> None:
+        """Layer number `layer` of the model begins."""
+
+    def leave_layers(self) -> None:
+        """The last layer is done."""
+
+    def enter_collective(self, number: int, name: str) -> None:
+        """Collective number `number` of this rank begins; `name` is that of the method."""
+
+    def leave_collective(self) -> None:
+        """It is done; not called when it fails."""
+
+
+class _NoObserver:
+    """Nobody is told."""
+
+    def enter_layer(self, layer: int) -> None:
+        pass
+
+    def leave_layers(self) -> None:
+        pass
+
+    def enter_collective(self, number: int, name: str) -> None:
+        pass
+
+    def leave_collective(self) -> None:
+        pass
+
+
 class TPGroup:
     """Rank `rank` of `world_size`; at world size 1 every collective is the identity.
 
@@ -53,12 +85,13 @@ class TPGroup:
         rank: this process's place, from 0 to `world_size - 1`.
         world_size: number of ranks.
         collective_number: collectives that this rank has begun; a rank that is behind its peers is stuck.
+        observer: who is told of collectives and, by the model, of layers; set it before the first one.
 
     Raises:
         TransportError: a collective was called on more than one rank and the group has none.
     """
 
-    __slots__ = ("_collectives", "collective_number", "rank", "world_size")
+    __slots__ = ("_collectives", "collective_number", "observer", "rank", "world_size")
 
     def __init__(self, rank: int, world_size: int, collectives: Collectives | None = None) -> None:
         if not 0 <= rank < world_size:
@@ -68,13 +101,16 @@ class TPGroup:
         self.rank = rank
         self.world_size = world_size
         self.collective_number = 0
+        self.observer: GroupObserver = _NoObserver()
         self._collectives = collectives
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place and return it; see `Collectives.all_reduce`."""
         if self.world_size == 1:
             return tensor
-        return self._begin("all_reduce").all_reduce(tensor)
+        result = self._begin("all_reduce").all_reduce(tensor)
+        self.observer.leave_collective()
+        return result
 
     def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
         """Concatenate the tensors of all ranks along `dim`; see `Collectives.all_gather`.
@@ -89,7 +125,9 @@ class TPGroup:
             )
         if self.world_size == 1:
             return tensor
-        return self._begin("all_gather").all_gather(tensor, sizes, dim)
+        result = self._begin("all_gather").all_gather(tensor, sizes, dim)
+        self.observer.leave_collective()
+        return result
 
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Overwrite `tensor` with that of rank `src` and return it.
@@ -101,18 +139,23 @@ class TPGroup:
             raise TransportError(f"broadcast from rank {src}: expected a rank from 0 to {self.world_size - 1}")
         if self.world_size == 1:
             return tensor
-        return self._begin("broadcast").broadcast(tensor, src)
+        result = self._begin("broadcast").broadcast(tensor, src)
+        self.observer.leave_collective()
+        return result
 
     def min_int(self, value: int) -> int:
         """Return the least `value` of all ranks."""
         if self.world_size == 1:
             return value
-        return self._begin("min_int").min_int(value)
+        result = self._begin("min_int").min_int(value)
+        self.observer.leave_collective()
+        return result
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
         if self.world_size > 1:
             self._begin("barrier").barrier()
+            self.observer.leave_collective()
 
     def close(self) -> None:
         """Release the collectives; idempotent."""
@@ -126,4 +169,5 @@ class TPGroup:
                 " which is enough to build and load a shard; pass collectives to TPGroup to compute with it"
             )
         self.collective_number += 1
+        self.observer.enter_collective(self.collective_number, name)
         return self._collectives

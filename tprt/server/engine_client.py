@@ -40,7 +40,7 @@ class RequestLane(Protocol):
 
     def receive(self, timeout_s: float) -> bytes | None: ...
 
-    def close(self) -> None: ...
+    def close(self, flush: bool = True) -> None: ...
 
 
 class EngineClient:
@@ -108,9 +108,9 @@ class EngineClient:
         """Tell the engine to end."""
         self._send(Shutdown(reason))
 
-    def close(self) -> None:
-        """Close the lane."""
-        self._lane.close()
+    def close(self, flush: bool = True) -> None:
+        """Close the lane; `flush`: once what was sent has left, or a second has passed."""
+        self._lane.close(flush)
 
     def _send(self, message: Message) -> None:
         self._lane.send(encode(message))

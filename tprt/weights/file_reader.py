@@ -88,8 +88,8 @@ class FileReader:
     def mapped(self, start: int, stop: int) -> Iterator[memoryview]:
         """Give access to bytes `start` to `stop`, which are cached, without copying them.
 
-        The file is mapped once, since to map and unmap stops all threads of the process each time; what was used
-        is let go of, so that it does not count as this process's memory.
+        The file is mapped once, since to map and unmap stops all threads of the process each time; what was
+        used is let go of, so that it does not count as this process's memory.
         """
         with self._lock:
             if self._mapping is None:

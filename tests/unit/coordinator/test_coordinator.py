@@ -163,6 +163,8 @@ def test_the_requests_of_a_client_that_is_gone_are_aborted_and_those_of_others_g
 
 def test_shutdown_ends_workers_and_loop_and_tells_clients_what_was_left_unfinished(make: Make) -> None:
     engine = make().start()
+    # So slow that nothing has ended before it is told to.
+    engine.ranks[0].on_step = lambda rank, step: (time.sleep(0.02), rank.answer(step))[1]
     client, other = engine.client(), engine.client()
     client.add(1, max_tokens=190)
     other.add(1, max_tokens=190)

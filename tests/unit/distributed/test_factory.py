@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from tprt.distributed.factory import make_group
+from tprt.distributed.factory import GroupDeadlines, make_group
 from tprt.errors import TransportError
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("backend", ["shm", "gloo", "nccl"])
 def test_one_rank_needs_no_directory_and_no_backend(backend: Literal["shm", "gloo", "nccl"]) -> None:
-    group = make_group(backend, 0, 1, CPU, "/nowhere", 1.0)
+    group = make_group(backend, 0, 1, CPU, "/nowhere", GroupDeadlines(1.0, 1.0))
     assert group.min_int(3) == 3
 
 
@@ -26,7 +26,7 @@ def test_cpu_ranks_meet_in_the_run_directory_and_sum(
     tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     def work(rank: int, _: None) -> float:
-        group = make_group("shm", rank, 3, CPU, str(tmp_path), 10.0)
+        group = make_group("shm", rank, 3, CPU, str(tmp_path), GroupDeadlines(10.0, 10.0))
         total = group.all_reduce(torch.tensor([2.0**rank])).item()
         group.barrier()
         group.close()
@@ -40,4 +40,4 @@ def test_a_backend_that_does_not_fit_the_device_is_refused(
     backend: Literal["shm", "gloo", "nccl"], device: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TransportError, match=f"backend {backend} on device {device}: it works on"):
-        make_group(backend, 0, 2, torch.device(device), str(tmp_path), 1.0)
+        make_group(backend, 0, 2, torch.device(device), str(tmp_path), GroupDeadlines(1.0, 1.0))

@@ -9,7 +9,7 @@ import torch
 
 from tprt.distributed.local import make_local_groups
 from tprt.distributed.tp_group import TPGroup
-from tprt.errors import TransportError
+from tprt.errors import TransportError, TransportTimeoutError
 
 
 def test_at_world_size_1_every_collective_is_the_identity() -> None:
@@ -73,3 +73,61 @@ def test_the_collective_number_counts_what_a_rank_has_begun(run_ranks: Callable[
         return group.collective_number
 
     assert run_ranks(make_local_groups(3), work) == [3, 3, 3]
+
+
+class Witness:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[object, ...]] = []
+
+    def enter_layer(self, layer: int) -> None:
+        self.seen.append(("layer", layer))
+
+    def leave_layers(self) -> None:
+        self.seen.append(("no layer",))
+
+    def enter_collective(self, number: int, name: str) -> None:
+        self.seen.append((number, name))
+
+    def leave_collective(self) -> None:
+        self.seen.append(("out",))
+
+
+CALLS: dict[str, Callable[[TPGroup], object]] = {
+    "all_reduce": lambda group: group.all_reduce(torch.ones(2)),
+    "all_gather": lambda group: group.all_gather(torch.ones(2), [2, 2]),
+    "broadcast": lambda group: group.broadcast(torch.ones(2), 0),
+    "min_int": lambda group: group.min_int(1),
+    "barrier": lambda group: group.barrier(),
+}
+
+
+def test_an_observer_is_told_of_the_way_into_and_out_of_every_collective(
+    run_ranks: Callable[..., list[object]],
+) -> None:
+    def work(_: int, group: TPGroup) -> list[tuple[object, ...]]:
+        witness = Witness()
+        group.observer = witness
+        for call in CALLS.values():
+            call(group)
+        return witness.seen
+
+    expected = [entry for number, name in enumerate(CALLS, 1) for entry in ((number, name), ("out",))]
+    assert run_ranks(make_local_groups(2), work) == [expected, expected]
+
+
+def test_a_collective_that_fails_is_never_left() -> None:
+    group, witness = make_local_groups(2, timeout_s=0.01)[0], Witness()
+    group.observer = witness
+    with pytest.raises(TransportTimeoutError):
+        group.barrier()
+    assert witness.seen == [(1, "barrier")]
+
+
+def test_a_group_of_one_rank_calls_no_collective_and_tells_of_none() -> None:
+    group, witness = TPGroup(0, 1), Witness()
+    group.observer = witness
+    group.all_reduce(torch.ones(2))
+    group.barrier()
+    assert witness.seen == []

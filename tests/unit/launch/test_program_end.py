@@ -70,3 +70,43 @@ def test_a_program_that_handles_or_ignores_a_signal_keeps_its_way() -> None:
         "os.kill(os.getpid(), signal.SIGHUP)\nos.kill(os.getpid(), signal.SIGTERM)\nguard.release()"
     )
     assert (ran.stdout, ran.returncode) == ("mine\n", 0)
+
+
+PUT_OFF = """
+from launch.program_end import PutOffEnd
+guard.guard()
+with PutOffEnd() as end:
+    os.kill(os.getpid(), signal.{first})
+    print("asked", end.is_asked, flush=True)
+    {then}
+    end.catch_up()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_that_is_put_off_acts_once_it_is_caught_up_with(name: str, exit_code: int) -> None:
+    ran = run(PUT_OFF.format(first=name, then="print('shown', flush=True)"))
+    assert (ran.stdout, ran.returncode) == ("asked True\nshown\ncleaned up\n", exit_code)
+
+
+def test_ctrl_c_that_is_put_off_is_still_ctrl_c() -> None:
+    ran = run(PUT_OFF.format(first="SIGINT", then="print('shown', flush=True)"))
+    assert ran.stdout == "asked True\nshown\ncleaned up\n"
+    assert "KeyboardInterrupt" in ran.stderr
+
+
+def test_a_second_signal_is_not_put_off() -> None:
+    then = "os.kill(os.getpid(), signal.SIGTERM); print('shown')"
+    ran = run(PUT_OFF.format(first="SIGINT", then=then))
+    assert (ran.stdout, ran.returncode) == ("asked True\ncleaned up\n", 143)
+
+
+def test_without_a_signal_nothing_happens() -> None:
+    ran = run(
+        "from launch.program_end import PutOffEnd\n"
+        "before = signal.getsignal(signal.SIGINT)\n"
+        "with PutOffEnd() as end:\n    end.catch_up()\n"
+        "print(end.is_asked, signal.getsignal(signal.SIGINT) is before)"
+    )
+    assert ran.stdout == "False True\n"

@@ -41,7 +41,7 @@ class Lane:
     def receive(self, timeout_s: float) -> bytes | None:
         return self.coming.popleft() if self.coming else None
 
-    def close(self) -> None:
+    def close(self, flush: bool = True) -> None:
         self.closed = True
 
     def bring(self, message: Message) -> None:

@@ -1,0 +1,100 @@
+"""One child process: how it is started, watched, heard and ended.
+
+It is watched by a pidfd from the moment it is there. Its standard output and standard error come through a
+pipe. Knows nothing of what the child does and of other children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.child_log import ChildLog, LogTee
+from launch.parent_death import PARENT_PID
+
+# The kernel may take a while to take a killed process apart: memory of a GPU, a device that does not answer.
+_REAP_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """A process to start: its name in messages, the module it runs, and what it finds in its environment."""
+
+    name: str
+    module: str
+    env: Mapping[str, str]
+
+
+class ChildProcess:
+    """A running child, or one that has ended and has not been released."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], pidfd: int, log: ChildLog) -> None:
+        """Use `start`."""
+        self.name = name
+        self.pidfd = pidfd
+        self.log = log
+        self._process = process
+
+    @classmethod
+    def start(cls, spec: ChildSpec, tee: LogTee, pass_fds: Sequence[int] = ()) -> ChildProcess:
+        """Start a child whose output goes to `tee`, and that inherits `pass_fds`.
+
+        Raises:
+            OSError: it cannot be started or watched.
+        """
+        process = subprocess.Popen(
+            [sys.executable, "-m", spec.module],
+            env={**os.environ, **spec.env, PARENT_PID: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            # This process's standard output is for results; whatever a library prints is log.
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=pass_fds,
+            bufsize=0,
+            # Ctrl-C in a terminal reaches the parent alone, which then ends its children in order.
+            process_group=0,
+        )
+        assert process.stdout is not None
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            # A child that cannot be watched must not be left to itself.
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            raise
+        # The log has a descriptor of its own, which it closes when nothing more comes.
+        log = ChildLog(os.dup(process.stdout.fileno()), tee)
+        process.stdout.close()
+        return cls(spec.name, process, pidfd, log)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it has ended (negative: by that signal), or None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it at once; does not wait."""
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+
+    def release(self) -> None:
+        """Wait for its end, take in its last words and let go of its descriptors; idempotent."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_REAP_S)
+        self.log.read()
+        self.log.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+        self.pidfd = -1

@@ -1,0 +1,122 @@
+"""The rank processes of one epoch: started together, ended together, and what their deaths say.
+
+Knows nothing of who decides that there is another epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.child_log import LogTee
+from launch.child_process import ChildProcess, ChildSpec
+from launch.failure import Death, forget_failures, read_failure
+from launch.run_dir import epoch_dir, heartbeats_path, stack_path
+from tprt.errors import TransportError
+from tprt.transport.heartbeat import HeartbeatReader, RankBeat
+from tprt.transport.heartbeat_file import create_heartbeats
+
+# Signals on which a process shows its stacks before it dies.
+_CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
+_MAX_STACK_CHARS = 20_000
+
+
+class RankGroup:
+    """The ranks of one epoch; rank `r` is the child number `r`."""
+
+    def __init__(self, run_dir: Path, epoch: int, specs: Sequence[ChildSpec], tee: LogTee) -> None:
+        self.epoch = epoch
+        self.children: list[ChildProcess] = []
+        self._run_dir = run_dir
+        self._specs = specs
+        self._tee = tee
+        self._oom_kills_before = _count_oom_kills()
+
+    def start(self) -> str | None:
+        """Start all ranks; return None, or why one could not be started."""
+        names = [spec.name for spec in self._specs]
+        forget_failures(self._run_dir, names)
+        for name in names:
+            stack_path(self._run_dir, name).unlink(missing_ok=True)
+        try:
+            create_heartbeats(heartbeats_path(self._run_dir, self.epoch), len(names))
+            epoch_dir(self._run_dir, self.epoch)
+        except (TransportError, OSError) as error:
+            return f"the ranks could not be started: {error}"
+        for spec in self._specs:
+            failure = start_child(self.children, spec, self._tee)
+            if failure is not None:
+                return failure
+        return None
+
+    def deaths(self) -> list[Death]:
+        """Return what there is to say of the ranks that have ended, or are about to, as their records say."""
+        beats = self._beats()
+        is_out_of_memory = _count_oom_kills() > self._oom_kills_before
+        return [
+            Death(
+                child.name,
+                child.pid,
+                child.exit_code,
+                record,
+                beats[rank].phase.words if beats else "",
+                beats[rank].step if beats else -1,
+                tuple(child.log.last_lines()),
+                crash_stack(self._run_dir, child),
+                is_out_of_memory,
+            )
+            for rank, child in enumerate(self.children)
+            if (record := read_failure(self._run_dir, child.name)) is not None or child.exit_code is not None
+        ]
+
+    def end(self) -> None:
+        """Kill every rank, wait until they are gone, and remove what they have left."""
+        for child in self.children:
+            child.kill()
+        for child in self.children:
+            child.release()
+        shutil.rmtree(epoch_dir(self._run_dir, self.epoch), ignore_errors=True)
+        heartbeats_path(self._run_dir, self.epoch).unlink(missing_ok=True)
+
+    def _beats(self) -> list[RankBeat]:
+        with contextlib.suppress(TransportError):
+            reader = HeartbeatReader.open(heartbeats_path(self._run_dir, self.epoch))
+            try:
+                return reader.read()
+            finally:
+                reader.close()
+        return []
+
+
+def crash_stack(run_dir: Path, child: ChildProcess) -> str:
+    """Return the Python stacks that a child has left if it has crashed."""
+    if child.exit_code not in _CRASHES:
+        return ""
+    try:
+        return stack_path(run_dir, child.name).read_text("utf-8", "replace")[-_MAX_STACK_CHARS:]
+    except OSError:
+        return ""
+
+
+def start_child(
+    children: list[ChildProcess], spec: ChildSpec, tee: LogTee, pass_fds: Sequence[int] = ()
+) -> str | None:
+    """Add a new child to `children`; return None, or why it could not be started."""
+    try:
+        children.append(ChildProcess.start(spec, tee, pass_fds))
+    except OSError as error:
+        return f"{spec.name} could not be started with {sys.executable}: {error}"
+    return None
+
+
+def _count_oom_kills() -> int:
+    """Return how many processes the kernel has ever killed for want of memory; 0 where it does not tell."""
+    try:
+        words = Path("/proc/vmstat").read_text(encoding="ascii").split()
+        return int(words[words.index("oom_kill") + 1])
+    except (OSError, ValueError):
+        return 0
