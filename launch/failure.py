@@ -150,6 +150,8 @@ def cause_of(death: Death) -> Cause:
             CauseKind.SILENT_DEATH, text, is_from_outside=is_signal and not _was_killed_for_memory(death)
         )
     kind = CauseKind.CONSEQUENCE if record.secondary else CauseKind.OWN_ERROR
+    if record.is_conclusion:
+        kind = CauseKind.OBSERVED
     return Cause(kind, text, record.time_ns, record.is_input_error)
 
 

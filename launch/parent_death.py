@@ -10,11 +10,14 @@ import ctypes
 import os
 import shutil
 import signal
+import time
 from types import FrameType
 
 PARENT_PID = "TPRT_PARENT_PID"
 RUN_DIR = "TPRT_RUN_DIR"
 _PR_SET_PDEATHSIG = 1
+_ENDING_S = 0.5
+_LOOK_S = 0.005
 
 
 def die_with_parent() -> None:
@@ -46,8 +49,12 @@ def _is_orphan() -> bool:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    if _is_orphan():
-        _remove_run_dir_and_leave()
+    # The signal of a parent's death comes while the last of its threads is still ending.
+    deadline_s = time.monotonic() + _ENDING_S
+    while time.monotonic() < deadline_s:
+        if _is_orphan():
+            _remove_run_dir_and_leave()
+        time.sleep(_LOOK_S)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 

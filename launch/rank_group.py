@@ -17,7 +17,7 @@ from launch.child_process import ChildProcess, ChildSpec
 from launch.failure import Death, forget_failures, read_failure
 from launch.run_dir import epoch_dir, heartbeats_path, stack_path
 from tprt.errors import TransportError
-from tprt.transport.heartbeat import HeartbeatReader, RankBeat
+from tprt.transport.heartbeat import HeartbeatReader, RankBeat, announce_process
 from tprt.transport.heartbeat_file import create_heartbeats
 
 # Signals on which a process shows its stacks before it dies.
@@ -47,10 +47,13 @@ class RankGroup:
             epoch_dir(self._run_dir, self.epoch)
         except (TransportError, OSError) as error:
             return f"the ranks could not be started: {error}"
-        for spec in self._specs:
+        for rank, spec in enumerate(self._specs):
             failure = start_child(self.children, spec, self._tee)
             if failure is not None:
                 return failure
+            announce_process(
+                heartbeats_path(self._run_dir, self.epoch), rank, self.children[rank].pid, self.epoch
+            )
         return None
 
     def deaths(self) -> list[Death]:

@@ -17,6 +17,7 @@ STALL_TIMEOUT_S = 2.0
 STEP_TIMEOUT_S = 10.0
 STARTUP_TIMEOUT_S = 30.0
 SHUTDOWN_GRACE_S = 1.0
+_IMPORT_S = 2.0
 # Nothing is to be noticed where the supervisor ends in order: interpreters that hold torch take a while to go.
 _ORDERLY_END_S = 3.0
 EXIT_CODE = 7
@@ -49,7 +50,7 @@ RANKS = (Victim.RANK_0, Victim.RANK_1)
 PHASES = tuple(phase for phase in Phase if phase is not Phase.START)
 _SERVING = (Phase.PREFILL, Phase.DECODE, Phase.IDLE)
 _WITH_COLLECTIVES = (Phase.KV_ALLOCATION, Phase.PREFILL, Phase.DECODE)
-_RAISED = {Fault.EXCEPTION: "RuntimeError", Fault.MEMORY_ERROR: "MemoryError"}
+RAISED = {Fault.EXCEPTION: "RuntimeError", Fault.MEMORY_ERROR: "MemoryError"}
 
 
 class Outcome(StrEnum):
@@ -94,7 +95,7 @@ def why_not_applicable(cell: Cell) -> str:
         return f"the {cell.victim} calls no collective"
     if cell.fault is Fault.SKIP and cell.phase not in _WITH_COLLECTIVES:
         return "ranks call no collective in this phase"
-    if cell.fault in _RAISED and is_rank and cell.phase is Phase.SPAWN:
+    if cell.fault in RAISED and is_rank and cell.phase is Phase.SPAWN:
         return "no Python runs in it yet"
     return ""
 
@@ -126,8 +127,10 @@ def keeps_tokens(cell: Cell) -> bool:
 def limit_s(cell: Cell) -> float:
     """Return the seconds within which the fault must be noticed; for the supervisor: all must be gone."""
     if cell.fault in (Fault.SIGSTOP, Fault.SKIP):
-        return STALL_TIMEOUT_S + 1.0
-    is_orderly = cell.victim is Victim.SUPERVISOR and cell.fault in (Fault.SIGTERM, *_RAISED)
+        # The clock of a stall runs from the last sign of any rank, and the others still import.
+        others_s = _IMPORT_S if cell.phase is Phase.IMPORT else 0.0
+        return STALL_TIMEOUT_S + others_s + 1.0
+    is_orderly = cell.victim is Victim.SUPERVISOR and cell.fault in (Fault.SIGTERM, *RAISED)
     return SHUTDOWN_GRACE_S + _ORDERLY_END_S if is_orderly else 1.0
 
 
@@ -140,12 +143,14 @@ def cause_pattern(cell: Cell) -> str | None:
     if outcome in (Outcome.HARMLESS, Outcome.WAITS):
         return None
     if outcome is Outcome.GOES_DOWN:
-        return rf"{_RAISED[fault]}: {MESSAGE}" if fault in _RAISED else None
-    if fault in _RAISED and cell.phase is Phase.SPAWN:
+        return rf"{RAISED[fault]}: {MESSAGE}" if fault in RAISED else None
+    if fault in RAISED:
+        failed = rf"{cell.victim} \(.*failed in phase .*{RAISED[fault]}: {MESSAGE}"
         # Before a line of ours runs, Python itself says what it was; that is in the log lines above this one.
-        return rf"{cell.victim} \(pid \d+\) ended unexpectedly with exit code 1"
-    if fault in _RAISED:
-        return rf"{cell.victim} \(.*failed in phase .*{_RAISED[fault]}: {MESSAGE}"
+        is_early = cell.phase in (Phase.SPAWN, Phase.IMPORT) and cell.victim is Victim.COORDINATOR
+        return (
+            rf"{failed}|{cell.victim} \(pid \d+\) ended unexpectedly with exit code 1" if is_early else failed
+        )
     if fault is Fault.SKIP:
         name = rf"{cell.victim}\b"
         return rf"{name}.*skipped a collective|the ranks have diverged: .*{name}|waited .* for {name}"

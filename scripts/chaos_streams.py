@@ -49,7 +49,7 @@ class StreamsReport:
         num_equal: streams whose tokens are those of the undisturbed run.
         num_tokens: tokens that came in the end.
         num_sent: tokens that the coordinator has sent; more than `num_tokens` if one was sent twice.
-        pauses_s: for each kill, the time until the next token.
+        pauses_s: from a kill until tokens come from new ranks, kills while those start included.
         seconds: how long all of it took.
     """
 
@@ -155,6 +155,7 @@ class Killer:
         self._say = say
         # The last tokens are left alone: a kill after them would hit nobody.
         self._marks = [num_tokens * number // (num_kills + 1) for number in range(1, num_kills + 1)]
+        self._victim = ("", -1)
         self._killed_s: float | None = None
         self._early_s = math.inf
         self._seen = 0
@@ -163,9 +164,8 @@ class Killer:
 
     def disturb(self, deployment: Deployment, num_tokens: int) -> None:
         """Kill if it is time to."""
-        if self._killed_s is not None and num_tokens > self._seen:
-            self.pauses_s.append(time.monotonic() - self._killed_s)
-            self._killed_s, self._early_s = None, math.inf
+        if self._killed_s is not None:
+            self._look_for_recovery(deployment, num_tokens)
         if not self._marks:
             return
         if time.monotonic() > self._early_s:
@@ -173,18 +173,29 @@ class Killer:
         elif self._killed_s is None and num_tokens >= self._marks[0]:
             self._kill(deployment, num_tokens, "")
 
+    def _look_for_recovery(self, deployment: Deployment, num_tokens: int) -> None:
+        name, pid = self._victim
+        if deployment.pids[name] == pid:
+            # These tokens are from before the kill, on their way until now.
+            self._seen = num_tokens
+        elif num_tokens > self._seen and self._killed_s is not None:
+            self.pauses_s.append(time.monotonic() - self._killed_s)
+            self._killed_s, self._early_s = None, math.inf
+
     def _kill(self, deployment: Deployment, num_tokens: int, remark: str) -> None:
         name = f"rank {self._dice.randrange(WORLD_SIZE)}"
+        pid = deployment.pids[name]
         # The client looks when a step has just ended; ranks must die in the middle of one as well.
         time.sleep(self._dice.uniform(0.0, _LATER_S))
         try:
-            os.kill(deployment.pids[name], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             # The ranks of the next epoch have not been started yet; the next look may find them.
             return
         self._marks.pop(0)
         now_s = time.monotonic()
-        self._killed_s, self._seen = self._killed_s or now_s, num_tokens
+        self._victim, self._seen = (name, pid), num_tokens
+        self._killed_s = self._killed_s or now_s
         is_early = self._dice.random() < _SHARE_OF_EARLY
         self._early_s = now_s + self._dice.uniform(*_EARLY_S) if is_early else math.inf
         self.kills.append(f"{name} after {num_tokens} tokens{remark}")

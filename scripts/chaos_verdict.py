@@ -12,6 +12,8 @@ from typing import Any
 
 from scripts.chaos_cell import Seen
 from scripts.chaos_matrix import (
+    MESSAGE,
+    RAISED,
     Cell,
     Outcome,
     cause_pattern,
@@ -50,7 +52,8 @@ def judge(cell: Cell, seen: Seen, expected: Sequence[Sequence[int]]) -> Judgemen
     # What ends all must be in the last line that is seen; what does not, somewhere in the log.
     last = seen.log.rstrip().rpartition("\n")[2]
     text = last if outcome_of(cell) is Outcome.FATAL else seen.log
-    names_cause = None if cause is None else re.search(cause, text) is not None
+    is_told = cell.fault not in RAISED or MESSAGE in seen.log
+    names_cause = None if cause is None else is_told and re.search(cause, text) is not None
     names_phase = None if phase is None else re.search(phase, seen.line) is not None
     wanted = [list(tokens) for tokens in expected] * (2 if cell.phase is Phase.IDLE else 1)
     tokens_equal = seen.tokens == wanted if keeps_tokens(cell) else None

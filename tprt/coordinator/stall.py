@@ -81,6 +81,8 @@ def _blame(view: GroupView) -> tuple[list[RankBeat], str]:
     if stopped := [beat for beat in beats if beat.pid and is_stopped(view.states[beat.rank])]:
         return stopped, ""
     if any(beat.phase < Phase.IDLE for beat in beats):
+        if skipped := [beat for beat in beats if any(_has_skipped_in_start(beat, other) for other in beats)]:
+            return skipped, "it skipped a collective"
         first = min(map(_start_place, beats))
         late = [beat for beat in beats if _start_place(beat) == first]
         return (late, "") if len(late) < len(beats) else ([], "none of them has gone further")
@@ -117,6 +119,11 @@ def _has_skipped(beat: RankBeat, other: RankBeat) -> bool:
     """Whether `other` waits in a collective that `beat` has never entered although it is further on."""
     is_further = _code_place(beat) > _code_place(other)
     return other.inside and is_further and _count_place(beat) <= _count_place(other)
+
+
+def _has_skipped_in_start(beat: RankBeat, other: RankBeat) -> bool:
+    """Whether `beat` is ready, or further on, though it never entered a collective that `other` waits in."""
+    return other.inside and beat.phase > other.phase and beat.collective < other.collective
 
 
 def _code_place(beat: RankBeat) -> tuple[int, bool, int]:

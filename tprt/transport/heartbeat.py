@@ -72,7 +72,7 @@ class RankBeat:
         collective: number of the last collective that it has entered; the first is 1, and 0 is none.
         kind: name of that collective.
         inside: whether it has not come out of it.
-        pid: its process; 0 before it has opened the file.
+        pid: its process; 0 before it has been started.
         done_bytes, total_bytes: how far it has loaded; the total is 0 while unknown.
     """
 
@@ -181,6 +181,22 @@ class HeartbeatWriter:
         self._words.release()
         if self._map is not None:
             self._map.close()
+
+
+def announce_process(path: str | Path, rank: int, pid: int, epoch: int) -> None:
+    """Note the process of a rank that has just been started, and may never come to note anything itself.
+
+    Raises:
+        TransportError: the file is missing, or is no heartbeat file of this version.
+    """
+    mapped = BeatMap(path, writable=True)
+    words = mapped.line(RANK_LINE + rank)
+    if not words[_PID]:
+        words[_EPOCH], words[_STEP], words[_LAYER] = epoch, NO_STEP, BEFORE_LAYERS
+        words[_TIME_NS] = monotonic_ns()
+        words[_PID] = pid
+    words.release()
+    mapped.close()
 
 
 class HeartbeatReader:

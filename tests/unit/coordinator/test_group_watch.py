@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def watch(path: Path) -> Iterator[GroupWatch]:
-    watch = GroupWatch(path, [path.parent / "stack"], 2)
+    watch = GroupWatch(path, [path.parent / "stack"] * 2, 2)
     yield watch
     watch.close()
 

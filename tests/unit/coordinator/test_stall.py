@@ -54,6 +54,13 @@ def test_a_stopped_rank_is_named_with_what_it_has_not_entered() -> None:
     )
 
 
+def test_a_rank_that_is_ready_with_fewer_collectives_than_another_waits_in_has_skipped_one() -> None:
+    waits = starting(Phase.KV_ALLOCATION, collective=2, kind="min_int", inside=True)
+    report = describe([starting(Phase.IDLE, collective=1, kind="min_int"), waits], step=None)
+    assert report.rank == 0
+    assert "it skipped a collective" in report.text
+
+
 def test_a_rank_that_was_stopped_inside_the_collective_is_named_all_the_same() -> None:
     report = describe([WAITS, WAITS], "ST")
     assert report.rank == 1

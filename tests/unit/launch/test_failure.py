@@ -31,7 +31,7 @@ def test_an_error_of_its_own_comes_before_a_silent_death_and_that_before_a_conse
     own = failed(tmp_path, "rank 2", ValueError("boom"))
     assert first(consequence, coordinator, silent, own) == describe(own)
     assert first(consequence, coordinator, silent) == describe(silent)
-    assert first(coordinator, consequence) == describe(consequence)
+    assert first(consequence, coordinator) == describe(coordinator)
 
 
 def test_the_earlier_of_two_errors_is_the_cause(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tprt.transport.heartbeat import (
     HeartbeatWriter,
     Phase,
     RankBeat,
+    announce_process,
 )
 from tprt.transport.heartbeat_file import LINE_BYTES, create_heartbeats
 
@@ -200,3 +201,16 @@ def test_a_file_that_cannot_be_made_is_named_and_leaves_no_draft(tmp_path: Path)
     with pytest.raises(TransportError, match="heartbeats of 0 ranks"):
         create_heartbeats(tmp_path / "beats", 0)
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_process_that_notes_nothing_is_known_by_who_has_started_it(path: Path) -> None:
+    create_heartbeats(path, 2)
+    announce_process(path, 1, 4711, 3)
+    reader = HeartbeatReader.open(path)
+    beat = reader.read()[1]
+    assert (beat.pid, beat.epoch, beat.phase, beat.step) == (4711, 3, Phase.SPAWN, NO_STEP)
+    writer = HeartbeatWriter.open(path, 1, 3)
+    announce_process(path, 1, 4711, 2)
+    assert (reader.read()[1].pid, reader.read()[1].epoch) == (os.getpid(), 3)
+    writer.close()
+    reader.close()
