@@ -45,26 +45,24 @@ def bench_throughput(config: Config, workload: ThroughputWorkload, repeats: int)
         EngineDeadError: the deployment failed.
     """
     vocab_size = read_checkpoint_config(config.model.path).vocab_size
-    draw = random.Random(workload.seed)
-    prompts = [
-        _prompt(draw, draw.randint(workload.min_len, workload.max_len), vocab_size)
-        for _ in range(workload.num_seqs)
-    ]
-    params = [
-        _sampling(draw.randint(workload.min_len, workload.max_len), workload.temperature) for _ in prompts
-    ]
+    draw, shortest, longest = random.Random(workload.seed), workload.min_len, workload.max_len
+    lengths = [draw.randint(shortest, longest) for _ in range(workload.num_seqs)]
+    params = [_sampling(draw.randint(shortest, longest), workload.temperature) for _ in lengths]
     rows: list[Row] = []
     with LLM(config) as llm:
-        _check_fits(llm, max(map(len, prompts)) + max(p.max_tokens for p in params))
-        llm.run([_prompt(draw, 16, vocab_size)], [_sampling(8, workload.temperature)])
+        _check_fits(llm, max(lengths) + max(p.max_tokens for p in params))
+        warm_up = [_prompt(draw, length, vocab_size) for length in lengths]
+        llm.run(warm_up, [_sampling(8, workload.temperature)] * len(warm_up))
         for _ in range(repeats):
+            # Other tokens each time, of the same lengths: none is in the prefix cache.
+            prompts = [_prompt(draw, length, vocab_size) for length in lengths]
             started_s = time.perf_counter()
             completions = llm.run(prompts, params)
             seconds = time.perf_counter() - started_s
             output = sum(len(completion.token_ids) for completion in completions)
             rows.append(
                 {
-                    "input_tokens": sum(map(len, prompts)),
+                    "input_tokens": sum(lengths),
                     "output_tokens": output,
                     "seconds": round(seconds, 3),
                     "output_tokens_per_s": round(output / seconds, 1),

@@ -128,7 +128,7 @@ def limit_s(cell: Cell) -> float:
     """Return the seconds within which the fault must be noticed; for the supervisor: all must be gone."""
     if cell.fault in (Fault.SIGSTOP, Fault.SKIP):
         # The clock of a stall runs from the last sign of any rank, and the others still import.
-        others_s = _IMPORT_S if cell.phase is Phase.IMPORT else 0.0
+        others_s = _IMPORT_S if cell.phase in (Phase.SPAWN, Phase.IMPORT) else 0.0
         return STALL_TIMEOUT_S + others_s + 1.0
     is_orderly = cell.victim is Victim.SUPERVISOR and cell.fault in (Fault.SIGTERM, *RAISED)
     return SHUTDOWN_GRACE_S + _ORDERLY_END_S if is_orderly else 1.0
@@ -171,6 +171,6 @@ def phase_pattern(cell: Cell) -> str | None:
     words = re.escape(cell.phase.words)
     if cell.fault is not Fault.SIGSTOP:
         return rf"in phase {words}"
-    where = {Phase.SPAWN: "has not begun", Phase.IDLE: "last seen idle"}
+    where = {Phase.SPAWN: "last seen in spawn", Phase.IDLE: "last seen idle"}
     steps = {phase: rf"step \d+ \({words}\)" for phase in (Phase.PREFILL, Phase.DECODE)}
     return {**where, **steps}.get(cell.phase, f"last seen in {words}")

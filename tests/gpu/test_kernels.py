@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from launch import SamplingParams
 from tests.support.checkpoints import TinyModel, save_tiny
@@ -359,6 +360,9 @@ def test_a_few_rows_times_a_weight(
         with by_kernels(True):
             found = multiply_plain(x, weight, bias)
             again = multiply_plain(x, weight, bias)
+        if rows > 16:  # that many are the library's business, which may round sums on the way
+            assert found.equal(functional.linear(x, weight, bias))
+            continue
         exact = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
         sums = x.double().abs() @ weight.double().abs().T
         # The result is rounded once; sums in float32 are off by far less than that of the sum of sizes.

@@ -31,6 +31,7 @@ def make_config(
     enable_prefix_caching: bool = True,
     device: Literal["cpu", "cuda"] = "cpu",
     memory_fraction: float = 0.9,
+    enforce_eager: bool = False,
 ) -> Config:
     """Return the settings of a small float32 deployment."""
     return Config(
@@ -43,7 +44,7 @@ def make_config(
             memory_fraction=memory_fraction,
         ),
         scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens),
-        runtime=RuntimeConfig(device=device, num_threads=1),
+        runtime=RuntimeConfig(device=device, num_threads=1, enforce_eager=enforce_eager),
     )
 
 
