@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,3 +151,11 @@ def narrowed(layout: Layout, tensors: dict[str, Tensor], shard: RankShard) -> di
         if name in tensors:
             expected[name] = rows(name, shard.vocab_rows)
     return expected
+
+
+def evict(file: Path) -> None:
+    """Take a file out of the page cache, as far as the system does that."""
+    fd = os.open(file, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)

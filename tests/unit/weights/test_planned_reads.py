@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.checkpoint_layouts import Layout, build_shard, narrowed
 from tprt.checkpoint_config import read_checkpoint_config
+from tprt.errors import TransportTimeoutError
 from tprt.models import DecoderForCausalLM
 from tprt.sharding import ShardPlan, make_shard_plan, shape_of
 from tprt.weights import LoadReport, load_model, make_local_exchanges
+from tprt.weights.file_reader import FileReader
 from tprt.weights.read_plan import make_read_plan
 
 TIMEOUT_S = 30.0
@@ -58,6 +61,45 @@ def load_all(
         )
     assert sum(report.own_kept_bytes for report in reports) <= reports[0].file_bytes
     return models
+
+
+def not_cached() -> AbstractContextManager[object]:
+    return patch.object(FileReader, "is_cached", lambda self, start, stop: False)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_cold_files_are_read_past_the_cache_once_for_all_ranks(tmp_path: Path, world_size: int) -> None:
+    layout = Layout(
+        kv_heads=3,
+        group=2,
+        head_dim=16,
+        intermediate_size=1200,
+        vocab_size=5000,
+        hidden_size=192,
+        odd_header=True,
+    )
+    tensors = layout.write(tmp_path)
+    plan = make_shard_plan(shape_of(read_checkpoint_config(str(tmp_path))), world_size)
+    # Small chunks, so that slots are used more than once. To read headers brings small files into the cache.
+    with patch("tprt.weights.loader.make_read_plan", partial(make_read_plan, chunk_bytes=20_000)), not_cached():
+        models = load_all(tmp_path, plan, torch.bfloat16, with_exchange=True)
+    for shard, model in zip(plan.shards, models, strict=True):
+        expected = narrowed(layout, tensors, shard)
+        for name, tensor in model.named_parameters():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_rank_that_never_comes_ends_the_wait_at_the_deadline_by_name(tmp_path: Path) -> None:
+    layout = Layout(kv_heads=2, group=1)
+    layout.write(tmp_path)
+    plan = make_shard_plan(shape_of(read_checkpoint_config(str(tmp_path))), 2)
+    small_chunks = partial(make_read_plan, chunk_bytes=200)
+    with ExitStack() as stack:
+        exchange, _ = [stack.enter_context(each) for each in make_local_exchanges(2, timeout_s=0.2)]
+        stack.enter_context(patch("tprt.weights.loader.make_read_plan", small_chunks))
+        stack.enter_context(not_cached())
+        with pytest.raises(TransportTimeoutError, match=r"loading stands still for 0.2 s: rank 1 has"):
+            load_model(build_shard(tmp_path, plan, 0, torch.float32), str(tmp_path), exchange)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
