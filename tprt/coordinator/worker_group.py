@@ -138,11 +138,22 @@ class WorkerGroup:
             self._take(event)
 
     def shut_down(self, reason: str) -> None:
-        """Ask every rank to end; a rank that cannot be asked has ended or will be killed."""
+        """Ask every rank to end, and wait until they have, or `shutdown_grace_s` is over.
+
+        A rank that cannot be asked has ended or will be killed. Whoever cleans up after this process if its
+        parent is killed must not be gone before the ranks are.
+        """
+        deadline_s = time.monotonic() + self._supervision.shutdown_grace_s
         try:
             self._hub.steps.send(encode(Shutdown(reason)), self._supervision.shutdown_grace_s)
         except TransportError as error:
             _LOG.warning("a rank could not be asked to shut down: %s", error)
+            return
+        left = set(range(self._world_size))
+        while left and (left_s := deadline_s - time.monotonic()) > 0:
+            event = self._hub.receive_control(left_s)
+            if event is not None and event.payload is None:
+                left.discard(event.rank)
 
     def begin_serving(self) -> None:
         """Note that all ranks are ready, for whoever looks at the heartbeats."""
