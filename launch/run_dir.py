@@ -87,26 +87,8 @@ def _hold(path: Path) -> int:
 def _remove_abandoned(parent: str) -> None:
     with contextlib.suppress(OSError):
         for path in Path(parent).glob(f"{_PREFIX}*"):
-            if _is_abandoned(path):
+            if _owner_lives(path) is False:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether `path` is a run directory of this user whose owner is gone."""
-    try:
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            return False
-        fd = os.open(path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def living_run_dirs() -> list[Path]:
@@ -117,19 +99,23 @@ def living_run_dirs() -> list[Path]:
     return sorted(path for path in found if _owner_lives(path))
 
 
-def _owner_lives(path: Path) -> bool:
+def _owner_lives(path: Path) -> bool | None:
+    """Whether the owner of a run directory lives; None for what is none, or not of this user."""
     try:
-        if path.lstat().st_uid != os.geteuid():
-            return False
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return None
         fd = os.open(path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
     try:
         # Shared, so that two who look at once do not take each other for the owner.
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True
+    except OSError:
+        return None
     finally:
         os.close(fd)
 

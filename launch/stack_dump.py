@@ -16,12 +16,10 @@ from tprt.transport.peer_process import DUMP_SIGNAL
 def install_stack_dumps(run_dir: Path, name: str) -> None:
     """From now on, append this process's stacks to `stack_path(run_dir, name)` on `DUMP_SIGNAL` and on a crash.
 
-    Call it before anything slow is imported. A process without it is ended by `DUMP_SIGNAL`.
+    Call it before anything slow is imported. A process without it is ended by `DUMP_SIGNAL`. Whoever starts it
+    removes what a process of this name has left in an earlier epoch.
     """
-    path = stack_path(run_dir, name)
-    # What a process of this name has left in an earlier epoch is not about this one.
-    path.unlink(missing_ok=True)
     # faulthandler keeps the file open.
-    file = path.open("ab", buffering=0)
+    file = stack_path(run_dir, name).open("ab", buffering=0)
     faulthandler.enable(file, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file, all_threads=True, chain=False)

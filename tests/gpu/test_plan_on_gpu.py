@@ -12,6 +12,7 @@ from launch import LLM, SamplingParams
 from launch.cuda_devices import look_at_devices, look_from_outside
 from launch.plan import plan_deployment
 from launch.plan_memory import RankMemory, detected_memory
+from tests.support.checkpoint_layouts import QWEN3_600M
 from tests.support.local_engine import LocalEngine
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import CacheConfig, Config, ModelConfig, RuntimeConfig, SchedulerConfig
@@ -22,30 +23,13 @@ from tprt.worker.model_runner import ModelRunner
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "eos_token_id": 151645,
-}
 PROMPTS = [[5, 6, 7], [8, 9]]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """Qwen3-0.6B with random weights."""
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_600M))
     return Config(
         model=ModelConfig(path=str(tmp_path), dtype="bfloat16", max_model_len=8192, load_format="dummy"),
         runtime=RuntimeConfig(device="cuda"),

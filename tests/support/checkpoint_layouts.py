@@ -19,6 +19,25 @@ from tprt.distributed import TPGroup
 from tprt.models import DecoderForCausalLM, ModelParts, build_model
 from tprt.sharding import Range, RankShard, ShardPlan
 
+QWEN3_600M = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "eos_token_id": 151645,
+}
+"""The config.json of Qwen3-0.6B, for tests that need no weights of it."""
+
 
 @dataclass(frozen=True)
 class Layout:

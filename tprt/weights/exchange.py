@@ -34,13 +34,12 @@ _FIRST_SLEEP_S, _LONGEST_SLEEP_S = 1e-3, 4e-3
 
 
 class LoadExchange:
-    """One rank's view of the slots; `reserve` and `publish` may be called by several threads at a time."""
+    """One rank's view of the slots; all but `take` may be called by several threads at a time."""
 
     def __init__(self, memory: ShmGroupMemory, rank: int, timeout_s: float) -> None:
         """Map `memory`, which belongs to the exchange from now on."""
         self.rank = rank
         self.world_size = memory.world_size
-        self.num_slots = _NUM_SLOTS
         self.timeout_s = timeout_s
         self._memory = memory
         self._mapping = memory.map()

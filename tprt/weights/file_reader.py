@@ -36,12 +36,10 @@ class ReadResult:
     Attributes:
         start: where the wanted bytes begin in the buffer.
         read_bytes: how many bytes were asked of the file system.
-        cached_bytes: how many of them came from the page cache.
     """
 
     start: int
     read_bytes: int
-    cached_bytes: int
 
 
 def buffer_bytes(num_bytes: int) -> int:
@@ -109,24 +107,21 @@ class FileReader:
         self._fill(dest, start)
 
     def read(self, buffer: memoryview, start: int, stop: int) -> ReadResult:
-        """Read bytes `start` to `stop` into `buffer`, which begins at a multiple of `ALIGNMENT`.
+        """Read bytes `start` to `stop`, which are not cached, into `buffer`, which begins at an `ALIGNMENT`.
 
         It has at least `buffer_bytes(stop - start)` bytes.
 
         Raises:
             CheckpointError: the file cannot be read, or is shorter than it was.
         """
-        if self.is_cached(start, stop):
-            self._fill(buffer[: stop - start], start)
-            return ReadResult(0, stop - start, stop - start)
         if self._direct_works:
             first = start // ALIGNMENT * ALIGNMENT
             length = -(-(stop - first) // ALIGNMENT) * ALIGNMENT
             self._direct_works = self._try_direct(buffer[:length], first, stop - first)
             if self._direct_works:
-                return ReadResult(start - first, length, 0)
+                return ReadResult(start - first, length)
         self._fill(buffer[: stop - start], start)
-        return ReadResult(0, stop - start, 0)
+        return ReadResult(0, stop - start)
 
     def _try_direct(self, buffer: memoryview, offset: int, needed: int) -> bool:
         """Read past the page cache; False where this file system refuses to."""

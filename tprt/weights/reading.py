@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tprt.weights.exchange import LoadExchange, Patience
-from tprt.weights.file_reader import FileReader, ReadResult, buffer_bytes
+from tprt.weights.file_reader import FileReader, buffer_bytes
 from tprt.weights.placement import Placement
 from tprt.weights.read_plan import Chunk, Piece, ReadPlan
 
@@ -129,22 +129,22 @@ class Reading:
 
     def _read_own(self, chunk: Chunk, buffer: Tensor) -> None:
         if self._is_cached(chunk):
-            self._count(chunk, ReadResult(0, chunk.num_bytes, chunk.num_bytes))
+            self._count(chunk, chunk.num_bytes, cached_bytes=chunk.num_bytes)
             self._place_cached(chunk)
             return
         result = self._files[chunk.file].read(_memory_of(buffer), chunk.start, chunk.stop)
-        self._count(chunk, result)
+        self._count(chunk, result.read_bytes)
         self._place(chunk, buffer[result.start :])
 
     def _read_for_all(self, number: int, chunk: Chunk, is_cached: bool) -> None:
         exchange = self._exchange
         assert exchange is not None
         if is_cached:
-            self._count(chunk, ReadResult(0, chunk.num_bytes, chunk.num_bytes))
+            self._count(chunk, chunk.num_bytes, cached_bytes=chunk.num_bytes)
             exchange.publish(number, None)
             return
         result = self._files[chunk.file].read(exchange.slot(number), chunk.start, chunk.stop)
-        self._count(chunk, result)
+        self._count(chunk, result.read_bytes)
         exchange.publish(number, result.start)
 
     def _take_shared(self) -> None:
@@ -190,13 +190,13 @@ class Reading:
             self._placement.put(piece, raw[piece.start - chunk.start : piece.stop - chunk.start])
         self._on_progress()
 
-    def _count(self, chunk: Chunk, result: ReadResult) -> None:
+    def _count(self, chunk: Chunk, read_bytes: int, cached_bytes: int = 0) -> None:
         with self._lock:
             if chunk.pieces[0].match.part.shared:
-                self.shared_read_bytes += result.read_bytes
+                self.shared_read_bytes += read_bytes
             else:
-                self.own_read_bytes += result.read_bytes
-            self.cached_bytes += result.cached_bytes
+                self.own_read_bytes += read_bytes
+            self.cached_bytes += cached_bytes
 
     def _stop_if_failed(self) -> None:
         if self._error is not None:

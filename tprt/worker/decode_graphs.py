@@ -22,10 +22,17 @@ from torch import Tensor
 from tprt.context import Context, reset_context, set_context
 from tprt.layers.noise import noise_keys
 from tprt.layers.sampler import Sampler, SamplingBatch
-from tprt.messages import Int64Array, StepInput
+from tprt.messages import StepInput
 from tprt.models import DecoderForCausalLM
 from tprt.worker.block_table_mirror import BlockTableMirror
-from tprt.worker.input_batch import InputBuilder, padded_block_tables, slot_mapping_of, token_positions
+from tprt.worker.input_batch import (
+    InputBuilder,
+    block_table_bounds,
+    padded_block_tables,
+    slot_mapping_of,
+    token_positions,
+    truncated_rows,
+)
 
 _NUM_PINNED = 2
 # Kernels that read 16 bytes at a time want their operands there.
@@ -199,8 +206,7 @@ class DecodeGraphs:
         here, memory = self._host.next(there.size)
         padding_row = self._tables.padding_row
         positions = token_positions(step)
-        num_blocks = -(-step.context_lens // self._block_size)
-        starts: Int64Array = np.subtract(num_blocks.cumsum(dtype=np.int64), num_blocks)
+        num_blocks, starts = block_table_bounds(step, self._block_size)
         places, values = self._tables.changes(
             step.seq_slots, padded_block_tables(step.block_ids, starts, num_blocks)
         )
@@ -252,8 +258,7 @@ class _HostColumns:
 
 def _samples_simply(step: StepInput) -> bool:
     """Whether one candidate a rank decides every row."""
-    truncated = (step.top_ks > 0) | (step.top_ps < 1) | (step.min_ps > 0)
-    return not (truncated & (step.temperatures > 0)).any() and not (step.num_logprobs >= 0).any()
+    return not truncated_rows(step).any() and not (step.num_logprobs >= 0).any()
 
 
 def _fill(column: Tensor, values: NDArray[np.generic], padding: float) -> None:

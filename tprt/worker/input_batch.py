@@ -97,9 +97,7 @@ class InputBuilder:
         self.last_token_ids.index_copy_(0, sampled_slots, token_ids)
 
     def _context(self, step: StepInput, positions: Int64Array) -> Context:
-        num_blocks = -(-step.context_lens // self._block_size)
-        ends: Int64Array = num_blocks.cumsum(dtype=np.int64)
-        starts: Int64Array = np.subtract(ends, num_blocks)
+        num_blocks, starts = block_table_bounds(step, self._block_size)
         stage = self._transfer.stage
         slot_mapping = stage(slot_mapping_of(step, positions, starts, self._block_size))
         longest = int(step.context_lens.max())
@@ -153,7 +151,6 @@ class InputBuilder:
         stage = self._transfer.stage
         temperatures = step.temperatures[rows]
         top_ks, top_ps, min_ps = step.top_ks[rows], step.top_ps[rows], step.min_ps[rows]
-        truncates = (top_ks > 0) | (top_ps < 1) | (min_ps > 0)
         num_logprobs = step.num_logprobs[rows]
         return SamplingBatch(
             temperatures=stage(temperatures),
@@ -163,8 +160,7 @@ class InputBuilder:
             noise_keys=stage(np.zeros(len(rows), np.int64)),
             num_top=int(num_logprobs.max()) if (num_logprobs >= 0).any() else None,
             any_random=bool((temperatures > 0).any()),
-            # A greedy row is its own maximum, truncated or not.
-            any_truncated=bool((truncates & (temperatures > 0)).any()),
+            any_truncated=bool(truncated_rows(step)[rows].any()),
         )
 
 
@@ -194,6 +190,19 @@ def _most_bytes(step: StepInput, block_size: int) -> int:
     table_bytes = num_seqs * -(-longest // block_size) * 4
     # Four columns of 8 bytes a token; at most twelve of up to 8 bytes a sequence, some with one more entry.
     return staged_bytes(32 * num_tokens + 96 * (num_seqs + 1) + table_bytes, num_columns=20)
+
+
+def truncated_rows(step: StepInput) -> NDArray[np.bool_]:
+    """Return which rows `[S]` choose among a part of the tokens; a greedy one is its own maximum anyway."""
+    truncates = (step.top_ks > 0) | (step.top_ps < 1) | (step.min_ps > 0)
+    return truncates & (step.temperatures > 0)
+
+
+def block_table_bounds(step: StepInput, block_size: int) -> tuple[Int32Array, Int64Array]:
+    """Return the number of blocks of each table `[S]`, and where it begins in `step.block_ids`."""
+    num_blocks = -(-step.context_lens // block_size)
+    ends: Int64Array = num_blocks.cumsum(dtype=np.int64)
+    return num_blocks, np.subtract(ends, num_blocks)
 
 
 def slot_mapping_of(step: StepInput, positions: Int64Array, starts: Int64Array, block_size: int) -> Int64Array:

@@ -12,25 +12,8 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from launch.plan_command import plan
+from tests.support.checkpoint_layouts import QWEN3_600M
 from tprt.errors import ConfigError
-
-QWEN3_600M = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "eos_token_id": 151645,
-}
 
 Plan = Callable[..., str]
 
