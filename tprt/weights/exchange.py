@@ -12,6 +12,7 @@ of tensors and files.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
 from types import TracebackType
@@ -49,7 +50,9 @@ class LoadExchange:
         self._taken = words[: mmap.PAGESIZE // 8]
         self._published = words[mmap.PAGESIZE // 8 :]
         first = start + _CONTROL_BYTES
-        self._slots = [view[first + i * _SLOT_BYTES :][:_SLOT_BYTES] for i in range(_NUM_SLOTS)]
+        slots = [first + index * _SLOT_BYTES for index in range(_NUM_SLOTS)]
+        self._slots = [view[slot : slot + _SLOT_BYTES] for slot in slots]
+        self._views = [*self._slots, self._taken, self._published, words, view]
 
     def slot(self, chunk: int) -> memoryview:
         """Return the buffer of chunk number `chunk`."""
@@ -103,11 +106,13 @@ class LoadExchange:
         return f"rank {rank} has taken {taken} chunks, and chunk {chunk} needs its slot"
 
     def close(self) -> None:
-        """Let go of the memory; idempotent."""
+        """Let go of the memory, all of it, since whoever holds this object may live on; idempotent."""
         self._memory.close()
-        self._slots = []
-        for words in (self._taken, self._published):
-            words.release()
+        # After an error a traceback may still hold what was being read.
+        with contextlib.suppress(BufferError):
+            for view in self._views:
+                view.release()
+            self._mapping.close()
 
     def __enter__(self) -> LoadExchange:
         return self

@@ -89,6 +89,29 @@ def test_cold_files_are_read_past_the_cache_once_for_all_ranks(tmp_path: Path, w
             assert torch.equal(tensor, expected[name]), name
 
 
+def num_mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("tprt-collectives")
+
+
+def test_an_exchange_that_is_closed_holds_no_memory(tmp_path: Path) -> None:
+    layout = Layout(kv_heads=2, group=1)
+    layout.write(tmp_path)
+    plan = make_shard_plan(shape_of(read_checkpoint_config(str(tmp_path))), 2)
+    before = num_mapped()
+    with ExitStack() as stack, not_cached():
+        exchanges = [stack.enter_context(each) for each in make_local_exchanges(2, TIMEOUT_S)]
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        models = [build_shard(tmp_path, plan, rank, torch.float32) for rank in range(2)]
+        list(
+            pool.map(
+                lambda pair: load_model(pair[0], str(tmp_path), pair[1]), zip(models, exchanges, strict=True)
+            )
+        )
+        assert num_mapped() == before + 2
+    assert num_mapped() == before
+    exchanges[0].close()
+
+
 def test_a_rank_that_never_comes_ends_the_wait_at_the_deadline_by_name(tmp_path: Path) -> None:
     layout = Layout(kv_heads=2, group=1)
     layout.write(tmp_path)
