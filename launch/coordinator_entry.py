@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.parent_death import RUN_DIR, clean_up_after_parent
+from launch.parent_death import RUN_DIR, clean_up_after_parent, remove_run_dir
 
 if __name__ == "__main__":
     # Before the imports below, which take their time.
@@ -88,3 +88,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # The ranks are gone, and nobody needs it any more; if the client is killed now, nobody else would do it.
+    remove_run_dir()

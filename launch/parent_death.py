@@ -10,14 +10,11 @@ import ctypes
 import os
 import shutil
 import signal
-import time
-from types import FrameType
+import threading
 
 PARENT_PID = "TPRT_PARENT_PID"
 RUN_DIR = "TPRT_RUN_DIR"
 _PR_SET_PDEATHSIG = 1
-_ENDING_S = 0.5
-_LOOK_S = 0.005
 
 
 def die_with_parent() -> None:
@@ -30,13 +27,21 @@ def die_with_parent() -> None:
 def clean_up_after_parent() -> None:
     """Remove the run directory when the parent has ended without doing so, and leave.
 
-    For one child alone. The signal is SIGTERM, since nothing can be done on SIGKILL; one that comes while the
-    parent is there ends this process as it always does.
+    For one child alone, before it starts threads. The signal is SIGTERM, since nothing can be done on SIGKILL;
+    one that somebody else sends ends this process as it always does.
     """
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for_sigterm, name="tprt-parent-death", daemon=True).start()
     _ask_for(signal.SIGTERM)
     if _is_orphan():
         _remove_run_dir_and_leave()
+
+
+def remove_run_dir() -> None:
+    """Remove what the processes of this deployment shared; for the last of them that uses it."""
+    # The ranks die at the same moment; what one of them makes just then is removed by the second try.
+    for _ in range(2):
+        shutil.rmtree(os.environ[RUN_DIR], ignore_errors=True)
 
 
 def _ask_for(number: signal.Signals) -> None:
@@ -48,19 +53,16 @@ def _is_orphan() -> bool:
     return parent is not None and os.getppid() != int(parent)
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    # The signal of a parent's death comes while the last of its threads is still ending.
-    deadline_s = time.monotonic() + _ENDING_S
-    while time.monotonic() < deadline_s:
-        if _is_orphan():
-            _remove_run_dir_and_leave()
-        time.sleep(_LOOK_S)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _wait_for_sigterm() -> None:
+    # The parent's pid is in the signal of its death, which comes while it is still taken apart: a core dump may
+    # keep it there for seconds.
+    sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+    if str(sender) == os.environ.get(PARENT_PID):
+        _remove_run_dir_and_leave()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _remove_run_dir_and_leave() -> None:
-    # The ranks die at the same moment; what one of them makes just then is removed by the second try.
-    for _ in range(2):
-        shutil.rmtree(os.environ[RUN_DIR], ignore_errors=True)
+    remove_run_dir()
     os._exit(1)

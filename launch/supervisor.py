@@ -33,7 +33,7 @@ _GATHER_S = 0.1
 # For whoever reads standard error to take the last words.
 _DRAIN_S = 1.0
 # A program that waits for results asks every 0.1 s whether the deployment has failed.
-_ASKED_S = 0.4
+_ASKED_S = 0.25
 _FIRST_EPOCH = 0
 _LOG = get_logger(__name__)
 
