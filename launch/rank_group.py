@@ -44,16 +44,16 @@ class RankGroup:
             stack_path(self._run_dir, name).unlink(missing_ok=True)
         try:
             create_heartbeats(heartbeats_path(self._run_dir, self.epoch), len(names))
-            epoch_dir(self._run_dir, self.epoch)
+            epoch_dir(self._run_dir, self.epoch).mkdir(mode=0o700, exist_ok=True)
+            for rank, spec in enumerate(self._specs):
+                failure = start_child(self.children, spec, self._tee)
+                if failure is not None:
+                    return failure
+                announce_process(
+                    heartbeats_path(self._run_dir, self.epoch), rank, self.children[rank].pid, self.epoch
+                )
         except (TransportError, OSError) as error:
             return f"the ranks could not be started: {error}"
-        for rank, spec in enumerate(self._specs):
-            failure = start_child(self.children, spec, self._tee)
-            if failure is not None:
-                return failure
-            announce_process(
-                heartbeats_path(self._run_dir, self.epoch), rank, self.children[rank].pid, self.epoch
-            )
         return None
 
     def deaths(self) -> list[Death]:

@@ -146,10 +146,8 @@ def worker_socket(run_dir: Path, epoch: int) -> str:
 
 
 def epoch_dir(run_dir: Path, epoch: int) -> Path:
-    """Return the folder where the ranks of `epoch` meet, and make it if need be."""
-    folder = run_dir / f"epoch-{epoch}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+    """Return the folder where the ranks of `epoch` meet; the group makes it before they start."""
+    return run_dir / f"epoch-{epoch}"
 
 
 def heartbeats_path(run_dir: Path, epoch: int) -> Path:
