@@ -231,7 +231,8 @@ def _drive(
         step = scheduler.schedule()
         scheduled_ns = time.monotonic_ns()
         assert step is not None, "the requests of the bench never end"
-        output = group.run_step(step)
+        group.send_step(step)
+        output = group.receive_answer(step)
         answered_ns = time.monotonic_ns()
         result = scheduler.update(output)
         updated_ns = time.monotonic_ns()

@@ -39,6 +39,7 @@ def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int
         block_size=config.cache.block_size,
         num_blocks=num_blocks,
         enable_prefix_caching=config.cache.enable_prefix_caching,
+        schedules_ahead=config.scheduler.async_scheduling,
     )
     return Scheduler(limits, checkpoint.eos_token_ids, checkpoint.vocab_size, _FIRST_EPOCH)
 

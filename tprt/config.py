@@ -85,6 +85,8 @@ class SchedulerConfig(_Section):
     """Most sequences that run at a time."""
     max_num_batched_tokens: PositiveInt = 8192
     """Most tokens of one step; longer prompts are computed in chunks."""
+    async_scheduling: bool = True
+    """Schedule and send a step before the tokens of the last are back; the output is the same."""
 
     @model_validator(mode="after")
     def _every_decode_fits_a_step(self) -> SchedulerConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -20,6 +22,7 @@ from tprt.coordinator.scheduler import Scheduler
 from tprt.distributed.local import make_local_groups
 from tprt.messages import AddRequest, SamplingParams, StepInput, StepOutput
 from tprt.worker.model_runner import ModelRunner
+from tprt.worker.output_transfer import PendingOutput
 
 
 def make_config(
@@ -32,6 +35,7 @@ def make_config(
     device: Literal["cpu", "cuda"] = "cpu",
     memory_fraction: float = 0.9,
     enforce_eager: bool = False,
+    async_scheduling: bool = True,
 ) -> Config:
     """Return the settings of a small float32 deployment."""
     return Config(
@@ -43,9 +47,27 @@ def make_config(
             enable_prefix_caching=enable_prefix_caching,
             memory_fraction=memory_fraction,
         ),
-        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens),
+        scheduler=SchedulerConfig(
+            max_num_seqs=8,
+            max_num_batched_tokens=max_num_batched_tokens,
+            async_scheduling=async_scheduling,
+        ),
         runtime=RuntimeConfig(device=device, num_threads=1, enforce_eager=enforce_eager),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    step: StepInput
+    outputs: list[PendingOutput]
+    logits: Tensor | None
+
+    def wait(self) -> StepOutput:
+        """Return the output, which all ranks agree on."""
+        outputs = [output.wait() for output in self.outputs]
+        for output in outputs[1:]:
+            assert output.token_ids.tolist() == outputs[0].token_ids.tolist(), "ranks chose different tokens"
+        return outputs[0]
 
 
 class LocalEngine:
@@ -72,6 +94,7 @@ class LocalEngine:
                 block_size=config.cache.block_size,
                 num_blocks=allocated[0][0],
                 enable_prefix_caching=config.cache.enable_prefix_caching,
+                schedules_ahead=config.scheduler.async_scheduling,
             ),
             checkpoint.eos_token_ids,
             checkpoint.vocab_size,
@@ -79,6 +102,9 @@ class LocalEngine:
         self.steps: list[StepInput] = []
         self.logits: dict[int, list[Tensor]] = {}
         self.num_cached_tokens: dict[int, int] = {}
+        self.num_ahead = 0
+        self._in_flight: deque[_Launched] = deque()
+        self._key_of_slot: dict[int, int] = {}
 
     def generate(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
         """Return the tokens of each prompt; `logits[i]` then has the rows they were chosen from."""
@@ -86,27 +112,42 @@ class LocalEngine:
         self.logits = {key: [] for key in tokens}
         for key, prompt in enumerate(prompts):
             self.scheduler.add(key, AddRequest(key, np.array(prompt, np.int32), sampling))
-        while (step := self.scheduler.schedule()) is not None:
-            result, logits = self._run(step)
-            for row, key in enumerate(result.keys.tolist()):
-                tokens[key].append(int(result.token_ids[row]))
-                if logits is not None:
-                    self.logits[key].append(logits[row])
-                self.num_cached_tokens[key] = int(result.num_cached_tokens[row])
+        while (launched := self._next_step()) is not None:
+            result = self.scheduler.update(launched.wait())
+            rows = self._rows_of(launched.step, result)
+            for number, (row, key) in enumerate(zip(rows, result.keys.tolist(), strict=True)):
+                tokens[key].append(int(result.token_ids[number]))
+                if launched.logits is not None:
+                    self.logits[key].append(launched.logits[row])
+                self.num_cached_tokens[key] = int(result.num_cached_tokens[number])
         assert not self.scheduler.has_unfinished
         self.scheduler.check()
         return list(tokens.values())
 
-    def _run(self, step: StepInput) -> tuple[StepResult, Tensor | None]:
-        """Run one step; a captured one shows no logits."""
+    def _next_step(self) -> _Launched | None:
+        """Return the oldest step that is not done, after the one behind it has begun if it can."""
+        if not self._in_flight and (step := self.scheduler.schedule()) is not None:
+            self._in_flight.append(self._launch(step))
+        if self._in_flight and (ahead := self.scheduler.schedule_ahead()) is not None:
+            self._in_flight.append(self._launch(ahead))
+            self.num_ahead += 1
+        return self._in_flight.popleft() if self._in_flight else None
+
+    def _launch(self, step: StepInput) -> _Launched:
+        """Begin one step; a captured one shows no logits."""
         self.steps.append(step)
         for shard in self._shards:
             shard.clear()
-        outputs: list[StepOutput] = list(self._pool.map(lambda runner: runner.execute(step), self.runners))
-        for output in outputs[1:]:
-            assert output.token_ids.tolist() == outputs[0].token_ids.tolist(), "ranks chose different tokens"
+        outputs = list(self._pool.map(lambda runner: runner.launch(step), self.runners))
         logits = torch.cat([shard[0] for shard in self._shards], dim=-1) if all(self._shards) else None
-        return self.scheduler.update(outputs[0]), logits
+        return _Launched(step, outputs, logits)
+
+    def _rows_of(self, step: StepInput, result: StepResult) -> list[int]:
+        """Return which rows of what was sampled are in `result`: not those of what had ended before."""
+        slots, keys = step.seq_slots[step.samples == 1].tolist(), result.keys.tolist()
+        if len(slots) == len(keys):
+            self._key_of_slot.update(zip(slots, keys, strict=True))
+        return [row for row, slot in enumerate(slots) if self._key_of_slot[slot] in keys]
 
     def _keep_logits(self, rank: int) -> Callable[..., None]:
         return lambda module, inputs, output: self._shards[rank].append(output.clone())

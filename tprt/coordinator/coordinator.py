@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 
 from tprt.config import SupervisionConfig
 from tprt.coordinator.cause import Cause, GroupFailedError
 from tprt.coordinator.client_lane import ClientLane
 from tprt.coordinator.client_output import RequestKey, aborted_by_client, split_by_client
+from tprt.coordinator.greeting import greet, log_ready
 from tprt.coordinator.group_keeper import GroupKeeper
 from tprt.coordinator.replacement import Replacement, cause_of_end
 from tprt.coordinator.scheduler import Scheduler
@@ -26,11 +28,11 @@ from tprt.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
-    EngineReady,
     Hello,
     Message,
     RequestFailed,
     Shutdown,
+    StepInput,
 )
 from tprt.transport.channel import WorkerHub
 from tprt.transport.codec import decode, encode
@@ -70,6 +72,8 @@ class Coordinator:
         self._make_scheduler = make_scheduler
         self._keeper = keeper
         self._replacement = Replacement(keeper, supervision)
+        # Steps that the ranks have and have not answered.
+        self._sent: deque[StepInput] = deque()
         self._shutdown: Shutdown | None = None
         self._scheduler: Scheduler
 
@@ -84,7 +88,7 @@ class Coordinator:
         try:
             self._scheduler = self._make_scheduler(self._group.wait_until_ready())
             self._announce_ready()
-            self._log_ready()
+            log_ready(self._scheduler.limits, self._group.world_size)
             self._serve_until_shutdown()
         finally:
             self._group.close(but_lanes=self._group.epoch == _FIRST_EPOCH)
@@ -128,17 +132,29 @@ class Coordinator:
         return poller
 
     def _run_step(self) -> bool:
-        """Run one step and tell clients; False when there is nothing to run."""
-        step = self._scheduler.schedule()
-        if step is None:
-            return False
-        self._note_requests()
-        result = self._scheduler.update(self._group.run_step(step))
+        """Bring one step to its end and tell clients; False when there is nothing to run.
+
+        The step after it is sent to the ranks first, where it can be: they need not wait for what happens here.
+        """
+        scheduler = self._scheduler
+        if not self._sent:
+            self._send_step(scheduler.schedule())
+            if not self._sent:
+                return False
+            self._note_requests()
+        self._send_step(scheduler.schedule_ahead())
+        result = scheduler.update(self._group.receive_answer(self._sent[0]))
+        self._sent.popleft()
         if self._replacement.step_finished(result.keys.tolist):
-            self._scheduler.isolate(self._replacement.to_isolate())
+            scheduler.isolate(self._replacement.to_isolate())
         for client_id, output in split_by_client(result):
             self._send(client_id, output)
         return True
+
+    def _send_step(self, step: StepInput | None) -> None:
+        if step is not None:
+            self._group.send_step(step)
+            self._sent.append(step)
 
     def _note_requests(self) -> None:
         scheduler = self._scheduler
@@ -177,6 +193,7 @@ class Coordinator:
         in_step = scheduler.keys_in_flight()
         guilty = self._replacement.judge(failed_epoch, cause, in_step, scheduler.unfinished_keys())
         scheduler.reset_for_epoch(failed_epoch + 1)
+        self._sent.clear()
         if guilty is not None:
             self._fail_request(guilty.key, guilty.message)
         scheduler.isolate(self._replacement.to_isolate())
@@ -231,7 +248,7 @@ class Coordinator:
         elif isinstance(message, AbortRequest):
             self._scheduler.abort(RequestKey(client_id, message.request_id))
         elif isinstance(message, Hello):
-            self._send(client_id, self._engine_ready())
+            self._send(client_id, greet(self._scheduler, self._group.world_size))
         elif isinstance(message, Shutdown):
             self._shutdown = message
         else:
@@ -262,25 +279,3 @@ class Coordinator:
 
     def _unfinished(self) -> list[RequestKey]:
         return [key for key in self._scheduler.unfinished_keys() if isinstance(key, RequestKey)]
-
-    def _engine_ready(self) -> EngineReady:
-        limits = self._scheduler.limits
-        return EngineReady(
-            epoch=self._scheduler.epoch,
-            world_size=self._group.world_size,
-            num_blocks=limits.num_blocks,
-            block_size=limits.block_size,
-            max_model_len=limits.max_sequence_len,
-        )
-
-    def _log_ready(self) -> None:
-        limits = self._scheduler.limits
-        _LOG.info(
-            "%d ranks are ready: %d KV blocks of %d tokens, sequences of up to %d tokens",
-            *(self._group.world_size, limits.num_blocks, limits.block_size, limits.max_sequence_len),
-        )
-        if limits.max_sequence_len < limits.max_model_len:
-            _LOG.warning(
-                "the KV blocks hold %d tokens, less than max_model_len %d; longer outputs end there",
-                *(limits.num_blocks * limits.block_size, limits.max_model_len),
-            )

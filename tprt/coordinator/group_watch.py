@@ -41,7 +41,7 @@ class GroupWatch:
         self._files: _Open | None = None
 
     def begin_wait(self, step: int | None) -> None:
-        """Note that the ranks are told to run step number `step` just now; None: to get ready."""
+        """Note that the ranks are waited for from now on: for step number `step`, or, if None, to get ready."""
         if (files := self._open()) is not None:
             files.probe.begin_wait(step)
 

@@ -35,15 +35,18 @@ class KVAllocation:
         Returns:
             Its slot, or None when fewer than `num_reserved` blocks would be left.
         """
-        tokens, size = sequence.token_ids, self._block_size
-        cached = self._blocks.find_cached(sequence.hash_blocks(tokens, 0, (len(tokens) - 1) // size, size))
-        num_new = -(-len(tokens) // size) - len(cached)
+        cached, num_new = self._find_blocks(sequence)
         if not self._blocks.can_allocate(cached, num_new + num_reserved):
             return None
-        num_cached_tokens = len(cached) * size
+        num_cached_tokens = len(cached) * self._block_size
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = num_cached_tokens
         return self._table.place(sequence, self._blocks.allocate(cached, num_new), num_cached_tokens)
+
+    def can_place(self, sequence: Sequence, num_reserved: int) -> bool:
+        """Tell whether there are blocks for `try_place`."""
+        cached, num_new = self._find_blocks(sequence)
+        return self._blocks.can_allocate(cached, num_new + num_reserved)
 
     def try_grow(self, slots: Slots) -> bool:
         """Give each row a block for its newest token where it has none; all of them or none."""
@@ -88,6 +91,12 @@ class KVAllocation:
             # A block twice in one table would be counted once, and so be noticed.
             counts[blocks] += 1
         assert (self._blocks.reference_counts == counts).all(), "reference counts differ from the tables"
+
+    def _find_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Return the cached blocks of a sequence, and how many more it needs."""
+        tokens, size = sequence.token_ids, self._block_size
+        cached = self._blocks.find_cached(sequence.hash_blocks(tokens, 0, (len(tokens) - 1) // size, size))
+        return cached, -(-len(tokens) // size) - len(cached)
 
     def _register_row(self, slot: int, first: int, end: int) -> None:
         table = self._table

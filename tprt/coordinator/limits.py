@@ -27,6 +27,7 @@ class SchedulerLimits:
         block_size: tokens of one KV block.
         num_blocks: KV blocks of every rank.
         enable_prefix_caching: share the KV blocks of equal prefixes.
+        schedules_ahead: start a step before the tokens of the last are back.
 
     Raises:
         ConfigError: a value is out of range.
@@ -38,6 +39,7 @@ class SchedulerLimits:
     block_size: int
     num_blocks: int
     enable_prefix_caching: bool = True
+    schedules_ahead: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "num_blocks"):

@@ -12,7 +12,6 @@ Does no I/O and reads no clock: the same calls give the same steps.
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 
@@ -21,26 +20,21 @@ import numpy as np
 from tprt.coordinator.kv_allocation import KVAllocation
 from tprt.coordinator.limits import SchedulerLimits, check_request
 from tprt.coordinator.result import StepResult, find_finish_reasons, make_result
-from tprt.coordinator.sequence import Sequence, SequenceTable, Slots
+from tprt.coordinator.sequence import Sequence, SequenceTable, Slots, draw_random_seed
 from tprt.coordinator.step import Batch, StepInFlight, advance, build_step_input, make_batch, share_budget
 from tprt.errors import InvalidRequestError
-from tprt.messages import AddRequest, FinishReason, Int32Array, StepInput, StepOutput
+from tprt.messages import AddRequest, FinishReason, StepInput, StepOutput
 
 _NO_SLOTS: Slots = np.empty(0, np.intp)
 # As numpy's own type: a comparison with the enum takes three times as long.
 _NOT_FINISHED = np.uint8(FinishReason.NONE)
 
 
-def draw_random_seed() -> int:
-    """Return a seed for a request that brought none."""
-    return secrets.randbits(63)
-
-
 class Scheduler:
     """All unfinished sequences of one engine, and the KV blocks they share.
 
-    One step is in flight at a time: `schedule` and `update` take turns. Columns and records are kept as they
-    would be for more, so that a step may one day be scheduled before the tokens of the last are back.
+    `schedule` and `update` take turns; `schedule_ahead` puts one more step in flight before the tokens of the
+    last are back, where nothing but those tokens is missing.
     """
 
     def __init__(
@@ -110,8 +104,8 @@ class Scheduler:
         return list(self._sequences)
 
     def keys_in_flight(self) -> list[Hashable]:
-        """Return the keys of the unfinished requests that are in the step in flight."""
-        keys = [key for step in self._in_flight for key in self._table.keys[step.slots].tolist()]
+        """Return the keys of the unfinished requests that are in a step in flight, each once."""
+        keys = dict.fromkeys(key for step in self._in_flight for key in self._table.keys[step.slots].tolist())
         return [key for key in keys if key in self._sequences]
 
     def isolate(self, keys: Iterable[Hashable]) -> None:
@@ -156,12 +150,31 @@ class Scheduler:
         assert not self._in_flight, "the output of the last step has not been brought back"
         sequence = self._next_isolated()
         batch = self._choose_from_all() if sequence is None else self._choose_alone(sequence)
-        if batch is None:
-            return None
+        return None if batch is None else self._start(batch)
+
+    def _start(self, batch: Batch) -> StepInput:
         step = build_step_input(self._table, batch, self._limits.block_size, self._epoch, self._next_step)
         self._in_flight.append(advance(self._table, batch.slots, step))
         self._next_step += 1
         return step
+
+    def schedule_ahead(self) -> StepInput | None:
+        """Start the step after the one in flight, whose tokens are not back yet; None unless it is plain.
+
+        Plain: nobody is isolated, nobody who waits could be admitted, and every running sequence gets a token
+        in the step in flight. One that turns out to have ended by it runs once more, and that token is dropped.
+        """
+        table, slots = self._table, self._running
+        if not self._limits.schedules_ahead or len(self._in_flight) != 1 or self._isolated:
+            return None
+        head = next(iter(self._waiting.values()), None)
+        has_room = head is not None and table.num_free_slots > 0 and self._kv.can_place(head, len(slots))
+        if has_room or (table.lacking(slots) != 1).any():
+            return None
+        slots = slots[table.num_tokens[slots] < table.max_tokens[slots]]
+        if len(slots) == 0 or not self._kv.try_grow(slots):
+            return None
+        return self._start(Batch(slots, table.lacking(slots), len(slots)))
 
     def update(self, output: StepOutput) -> StepResult:
         """Take in the tokens of the oldest step in flight; end what they end."""
@@ -220,7 +233,7 @@ class Scheduler:
         slots = np.array([sequence.slot], np.intp)
         while not self._kv.try_grow(slots):
             self._preempt(int(self._running[self._running != sequence.slot][-1]))
-        query_lens = share_budget(self._lacking(slots), self._limits.max_num_batched_tokens)
+        query_lens = share_budget(self._table.lacking(slots), self._limits.max_num_batched_tokens)
         return make_batch(self._table, slots, query_lens)
 
     def _choose_from_all(self) -> Batch | None:
@@ -242,31 +255,26 @@ class Scheduler:
     def _choose(self, may_admit: bool) -> Batch | None:
         """Share the token budget out: decodes, then prompts under way, then new ones."""
         budget = self._limits.max_num_batched_tokens
-        lacking = self._lacking(self._running)
+        lacking = self._table.lacking(self._running)
         if not (may_admit and self._waiting) and (lacking == 1).all():
             # Most steps: decodes alone, no prompt to share a budget with.
             return Batch(self._running, lacking, len(lacking)) if len(lacking) else None
         query_lens = share_budget(lacking, budget)
         if may_admit and self._waiting:
             self._admit(budget - int(query_lens.sum()))
-            query_lens = share_budget(self._lacking(self._running), budget)
+            query_lens = share_budget(self._table.lacking(self._running), budget)
         if len(query_lens) == 0:
             return None
         in_step = query_lens > 0
         return make_batch(self._table, self._running[in_step], query_lens[in_step])
 
-    def _lacking(self, slots: Slots) -> Int32Array:
-        """Return the tokens `[S]` of each row that have not been computed."""
-        return self._table.num_tokens[slots] - self._table.num_computed_tokens[slots]
-
     def _admit(self, budget: int) -> None:
         """Give rows to waiting sequences in their order, as long as there are tokens, rows and blocks."""
         while budget > 0 and self._waiting:
             # With a block left for each that runs, none must give way before it has filled it.
-            sequence = next(iter(self._waiting.values()))
-            if not self._try_admit(sequence, num_reserved=len(self._running)):
+            if not self._try_admit(next(iter(self._waiting.values())), num_reserved=len(self._running)):
                 break
-            budget -= int(self._lacking(self._running[-1:])[0])
+            budget -= int(self._table.lacking(self._running[-1:])[0])
 
     def _try_admit(self, sequence: Sequence, num_reserved: int) -> bool:
         """Let a waiting sequence run if there are a row and its blocks, and `num_reserved` blocks besides."""

@@ -7,6 +7,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -146,6 +147,10 @@ class SequenceTable:
         assert sequence is not None, f"slot {slot} is empty"
         return sequence
 
+    def lacking(self, slots: Slots) -> Int32Array:
+        """Return the tokens `[S]` of each row that have not been computed."""
+        return self.num_tokens[slots] - self.num_computed_tokens[slots]
+
     def known_tokens(self, slot: int) -> Int32Array:
         """Return the tokens of a row up to the first pending one: a view, `[n]`."""
         tokens = self.token_ids[slot, : self.num_tokens[slot]]
@@ -191,3 +196,8 @@ class SequenceTable:
 
 def _column(n: int) -> Int32Array:
     return np.zeros(n, np.int32)
+
+
+def draw_random_seed() -> int:
+    """Return a seed for a request that brought none."""
+    return secrets.randbits(63)

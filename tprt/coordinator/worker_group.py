@@ -93,16 +93,26 @@ class WorkerGroup:
             self._fail_late_start()
         return None
 
-    def run_step(self, step: StepInput) -> StepOutput:
-        """Let every rank run `step` and return rank 0's answer.
+    def send_step(self, step: StepInput) -> None:
+        """Have every rank run `step` after those sent before.
 
         Raises:
-            GroupFailedError: a rank failed, is gone, or did not take or answer the step in `step_timeout_s`.
+            GroupFailedError: a rank failed, is gone, or did not take the step in `step_timeout_s`.
         """
         try:
             self._hub.steps.send(encode(step), self._supervision.step_timeout_s)
-            if self._watch is not None:
-                self._watch.begin_wait(step.step)
+        except TransportError as error:
+            self._fail_in_transport(f"step {step.step}", "step_timeout_s", error)
+
+    def receive_answer(self, step: StepInput) -> StepOutput:
+        """Return rank 0's answer to `step`, the oldest that has been sent and not answered.
+
+        Raises:
+            GroupFailedError: a rank failed, is gone, or did not answer the step in `step_timeout_s`.
+        """
+        if self._watch is not None:
+            self._watch.begin_wait(step.step)
+        try:
             while True:
                 received = self._receive_output(step)
                 if not isinstance(received, bytes):

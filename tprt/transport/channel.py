@@ -82,7 +82,7 @@ class WorkerHub(Protocol):
         """
 
     def receive_output(self, timeout_s: float) -> bytes | ControlEvent:
-        """Wait for rank 0's next output; a control event of any rank comes first when there is one.
+        """Wait for rank 0's next output, or a control event of any rank when no output is there.
 
         Raises:
             TransportTimeoutError: neither came in time; names the ranks that have not read all steps.

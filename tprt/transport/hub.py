@@ -136,7 +136,9 @@ class ShmWorkerHub:
                 self._let_in()
 
     def receive_output(self, timeout_s: float) -> bytes | ControlEvent:
-        """Wait for rank 0's next output; a control event of any rank comes first when there is one.
+        """Wait for rank 0's next output, or a control event of any rank when no output is there.
+
+        What was answered before a rank failed is worth having.
 
         Raises:
             TransportTimeoutError: neither came in time; names the ranks that have not read all steps.
@@ -147,10 +149,10 @@ class ShmWorkerHub:
         if timeout_s > 0:
             self._outputs.spin()
         while True:
-            if (event := self.receive_control(0.0)) is not None:
-                return event
             if (output := self._outputs.try_receive()) is not None:
                 return output
+            if (event := self.receive_control(0.0)) is not None:
+                return event
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 behind = self._steps.describe_behind() or "all ranks have read every step"

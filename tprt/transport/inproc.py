@@ -181,7 +181,7 @@ class InprocWorkerHub:
         """Return at once: links are connected from the start."""
 
     def receive_output(self, timeout_s: float) -> bytes | ControlEvent:
-        """Wait for rank 0's next output; a control event of any rank comes first when there is one.
+        """Wait for rank 0's next output, or a control event of any rank when no output is there.
 
         Raises:
             TransportTimeoutError: neither came in time; names the ranks that have not read all steps.
@@ -189,10 +189,10 @@ class InprocWorkerHub:
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             while True:
-                if (event := self._next_event()) is not None:
-                    return event
                 if (output := self._outputs.try_receive()) is not None:
                     return output
+                if (event := self._next_event()) is not None:
+                    return event
                 if not self._changed.wait(max(0.0, deadline_s - time.monotonic())):
                     behind = self._steps_lane.behind(1) or "all ranks have read every step"
                     raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s; {behind}")

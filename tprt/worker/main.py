@@ -16,12 +16,13 @@ from tprt.config import Config
 from tprt.distributed import TPGroup
 from tprt.errors import SequenceGapError, TransportTimeoutError
 from tprt.log import get_logger
-from tprt.messages import Shutdown, StepInput, StepOutput, WorkerReady
+from tprt.messages import Shutdown, StepInput, WorkerReady
 from tprt.transport.channel import WorkerLink
 from tprt.transport.codec import decode, encode
 from tprt.transport.heartbeat import HeartbeatWriter, Phase
 from tprt.weights import LoadExchange
 from tprt.worker.model_runner import ModelRunner
+from tprt.worker.output_transfer import PendingOutput
 
 _LOG = get_logger(__name__)
 # An idle rank sleeps in the kernel; it is woken by a step or by the loss of the coordinator, and looks up
@@ -68,6 +69,8 @@ class Worker:
         load_s = time.monotonic() - started_s
         self._beat.set_phase(Phase.KV_ALLOCATION)
         num_blocks, kv_bytes = self._runner.allocate_kv_blocks()
+        # Whoever hears that this rank is ready may look where it is.
+        self._beat.set_phase(Phase.IDLE)
         ready = WorkerReady(self._epoch, group.rank, num_blocks, weight_bytes, kv_bytes, load_s)
         self._link.send_control(b"".join(encode(ready)), self._config.supervision.step_timeout_s)
         _LOG.info(
@@ -78,39 +81,54 @@ class Worker:
     def run(self) -> None:
         """Run steps until `Shutdown` comes.
 
+        While a device runs one step, the next is begun if it is there already.
+
         Raises:
             SequenceGapError: a step is missing or came twice.
             PeerLostError: the coordinator is gone.
         """
+        pending: PendingOutput | None = None
         while True:
-            self._beat.set_phase(Phase.IDLE)
-            message = self._next_message()
+            if pending is not None and pending.is_there():
+                self._answer(pending)
+                pending = None
+            if pending is None:
+                self._beat.set_phase(Phase.IDLE)
+            message = self._next_message(waits=pending is None)
+            if message is None:
+                continue
             if isinstance(message, Shutdown):
                 self._beat.set_phase(Phase.SHUTDOWN)
                 return
             if message.epoch == self._epoch:
-                self._run_step(message)
+                launched = self._launch(message)
+                if pending is not None:
+                    self._answer(pending)
+                pending = launched
 
-    def _next_message(self) -> StepInput | Shutdown:
-        while True:
+    def _next_message(self, waits: bool) -> StepInput | Shutdown | None:
+        """Return the next message; None when there is none and this rank does not wait for one."""
+        payload = self._link.steps.try_receive()
+        while payload is None and waits:
             try:
-                message = decode(self._link.steps.receive(_IDLE_WAIT_S))
+                payload = self._link.steps.receive(_IDLE_WAIT_S)
             except TransportTimeoutError:
                 continue
-            if not isinstance(message, StepInput | Shutdown):
-                raise TypeError(f"a worker received {type(message).__name__}; expected StepInput or Shutdown")
-            return message
+        message = None if payload is None else decode(payload)
+        if not isinstance(message, StepInput | Shutdown | None):
+            raise TypeError(f"a worker received {type(message).__name__}; expected StepInput or Shutdown")
+        return message
 
-    def _run_step(self, step: StepInput) -> None:
+    def _launch(self, step: StepInput) -> PendingOutput:
         if step.step != self._next_step:
             raise SequenceGapError(f"received step {step.step}; expected step {self._next_step}")
         self._next_step += 1
         is_decode = step.num_decodes == len(step.query_lens)
         self._beat.begin_step(step.step, Phase.DECODE if is_decode else Phase.PREFILL)
-        output = self._runner.execute(step)
-        self._answer(output)
+        return self._runner.launch(step)
 
-    def _answer(self, output: StepOutput) -> None:
+    def _answer(self, pending: PendingOutput) -> None:
         """Rank 0 answers for all; the others have the same tokens."""
+        output = pending.wait()
         if self._link.outputs is not None:
             self._link.outputs.send(encode(output), self._config.supervision.step_timeout_s)

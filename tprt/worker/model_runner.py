@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 
 from tprt.attention import AttentionSetup, make_attention_backend
@@ -37,6 +36,7 @@ from tprt.worker.kv_cache import (
     release_kv_cache,
 )
 from tprt.worker.memory_budget import CudaMemory, MemoryBudget, measure_budget
+from tprt.worker.output_transfer import OutputTransfer, PendingOutput
 from tprt.worker.workspace import largest_step
 
 _LOG = get_logger(__name__)
@@ -74,6 +74,7 @@ class ModelRunner:
         self._shard = self._plan.shards[group.rank]
         self._sampler = Sampler(group, [shard.vocab_rows for shard in self._plan.shards])
         self._inputs = InputBuilder(config.cache.block_size, config.scheduler.max_num_seqs, device)
+        self._outputs = OutputTransfer(config.scheduler.max_num_seqs, device)
         self._captures = False
         self._graphs: DecodeGraphs | None = None
         self.model: DecoderForCausalLM
@@ -185,17 +186,20 @@ class ModelRunner:
         finally:
             release_kv_cache(self.model)
 
-    @torch.inference_mode()
     def execute(self, step: StepInput) -> StepOutput:
         """Run one step and return what it sampled; every rank returns the same."""
+        return self.launch(step).wait()
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> PendingOutput:
+        """Begin one step, after those begun before, and return its output to be; on a CPU it is there."""
         if self._graphs is not None and self._graphs.fits(step):
-            return _to_output(step, self._replay(self._graphs, step))
+            return self._outputs.take(step, self._replay(self._graphs, step))
         batch = self._inputs.build(step)
         sampled = self._forward(batch)
-        if sampled is None:
-            return StepOutput(step.epoch, step.step, np.empty(0, np.int32))
-        self._inputs.keep_sampled(batch.sampled_slots, sampled.token_ids)
-        return _to_output(step, sampled)
+        if sampled is not None:
+            self._inputs.keep_sampled(batch.sampled_slots, sampled.token_ids)
+        return self._outputs.take(step, sampled)
 
     def _replay(self, graphs: DecodeGraphs, step: StepInput) -> Sampled:
         hidden, token_ids = graphs.run(step)
@@ -226,19 +230,4 @@ def _log_load(report: LoadReport) -> None:
         "read %.1f MiB of a checkpoint of %.1f MiB in %.2f s (%.2f GB/s, %.0f %% from the page cache)",
         *(report.read_bytes / 2**20, report.file_bytes / 2**20, report.seconds, speed / 1e9, 100 * share),
         extra={"fields": asdict(report)},
-    )
-
-
-def _to_output(step: StepInput, sampled: Sampled) -> StepOutput:
-    token_ids = sampled.token_ids.to(torch.int32).cpu().numpy()
-    if sampled.logprobs is None or sampled.top_token_ids is None or sampled.top_logprobs is None:
-        return StepOutput(step.epoch, step.step, token_ids)
-    return StepOutput(
-        epoch=step.epoch,
-        step=step.step,
-        token_ids=token_ids,
-        logprobs=sampled.logprobs.cpu().numpy(),
-        top_token_ids=sampled.top_token_ids.to(torch.int32).cpu().numpy().ravel(),
-        top_logprobs=sampled.top_logprobs.cpu().numpy().ravel(),
-        num_top=sampled.top_token_ids.shape[1],
     )

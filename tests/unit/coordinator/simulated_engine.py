@@ -54,6 +54,7 @@ class SimulatedWorker:
         self._limits = limits
         self._epoch = epoch
         self._next_step = 0
+        self._last_tokens: dict[int, int] = {}
         # What was there before must not matter: fill it with what is surely wrong.
         self._values = np.full(limits.num_blocks * limits.block_size, -7, np.int64)
 
@@ -64,11 +65,13 @@ class SimulatedWorker:
         tables = np.split(step.block_ids, np.cumsum(num_blocks)[:-1])
         sampled = []
         for row, (row_tokens, table) in enumerate(zip(tokens, tables, strict=True)):
-            context_len = int(step.context_lens[row])
+            context_len, slot = int(step.context_lens[row]), int(step.seq_slots[row])
             slots = self._slot_mapping(table, context_len)
-            self._write(slots, row_tokens.tolist(), context_len)
+            known = [token if token >= 0 else self._last_tokens[slot] for token in row_tokens.tolist()]
+            self._write(slots, known, context_len)
             if step.samples[row]:
                 sampled.append(next_token(self._values[slots], int(step.seeds[row])))
+                self._last_tokens[slot] = sampled[-1]
         return StepOutput(step.epoch, step.step, np.array(sampled, np.int32))
 
     def _slot_mapping(self, table: np.ndarray, context_len: int) -> np.ndarray:
@@ -93,7 +96,7 @@ class SimulatedWorker:
         assert (step.query_lens <= step.context_lens).all()
         assert len(step.block_ids) == (-(-step.context_lens // self._limits.block_size)).sum()
         assert 0 <= step.block_ids.min() <= step.block_ids.max() < self._limits.num_blocks
-        assert 0 <= step.token_ids.min() <= step.token_ids.max() < VOCAB_SIZE
+        assert -1 <= step.token_ids.min() <= step.token_ids.max() < VOCAB_SIZE
         is_decode = (step.query_lens == 1) & (step.samples == 1)
         assert is_decode[: step.num_decodes].all()
         assert not is_decode[step.num_decodes :].any()
@@ -131,6 +134,8 @@ class Engine:
         self.epoch = 0
         self.requests: dict[int, Tracked] = {}
         self.output: StepOutput | None = None
+        self.ahead: StepOutput | None = None
+        self.num_ahead = 0
         self._ids = itertools.count()
 
     def add(self, prompt: list[int], sampling: SamplingParams) -> int:
@@ -150,10 +155,17 @@ class Engine:
         self.output = None if step is None else self.worker.run(step)
         return step
 
+    def schedule_ahead(self) -> None:
+        """Put a second step in flight if the scheduler has one."""
+        assert self.output is not None
+        if self.ahead is None and (step := self.scheduler.schedule_ahead()) is not None:
+            self.ahead = self.worker.run(step)
+            self.num_ahead += 1
+
     def update(self) -> StepResult:
         assert self.output is not None
         result = self.scheduler.update(self.output)
-        self.output = None
+        self.output, self.ahead = self.ahead, None
         rows = zip(result.keys.tolist(), result.token_ids.tolist(), result.finish_reasons.tolist(), strict=True)
         for row, (key, token_id, reason) in enumerate(rows):
             tracked = self.requests[key]
@@ -168,17 +180,16 @@ class Engine:
     def replace_worker(self) -> None:
         self.epoch += 1
         self.worker = SimulatedWorker(self.limits, self.epoch)
-        self.output = None
+        self.output = self.ahead = None
         self.scheduler.reset_for_epoch(self.epoch)
 
     def finish(self) -> None:
         """Run until nothing is left, and compare every output with the unconstrained one."""
-        if self.output is not None:
-            self.update()
         # Every step computes something, and preemption cannot undo more than all the rest.
         for _ in range(20000):
-            if self.schedule() is None:
+            if self.output is None and self.schedule() is None:
                 break
+            self.schedule_ahead()
             self.update()
             self.scheduler.check()
         assert not self.scheduler.has_unfinished

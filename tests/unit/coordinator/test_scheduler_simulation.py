@@ -82,6 +82,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     @precondition(lambda self: self.engine.output is not None)
+    def schedule_ahead(self) -> None:
+        self.engine.schedule_ahead()
+
+    @rule()
+    @precondition(lambda self: self.engine.output is not None)
     def update(self) -> None:
         self.engine.update()
 
@@ -89,7 +94,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.engine.output is None)
     def run_steps(self, count: int) -> None:
         for _ in range(count):
-            if self.engine.schedule() is not None:
+            if self.engine.output is not None or self.engine.schedule() is not None:
+                self.engine.schedule_ahead()
                 self.engine.update()
 
     @rule()
@@ -105,6 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             self.engine.finish()
             event(f"preempted: {self.engine.scheduler.num_preemptions > 0}")
+            event(f"ran ahead: {self.engine.num_ahead > 0}")
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
@@ -127,10 +134,12 @@ def _crowd(limits: SchedulerLimits) -> Engine:
         sampling = SamplingParams(max_tokens=int(rng.integers(1, 25)), seed=int(rng.integers(3)))
         engine.add(prompt, sampling)
         for _ in range(int(rng.integers(3))):
-            if engine.schedule() is not None:
+            if engine.output is not None or engine.schedule() is not None:
+                engine.schedule_ahead()
                 engine.update()
                 engine.scheduler.check()
     engine.finish()
+    assert engine.num_ahead > 20
     return engine
 
 

@@ -53,6 +53,14 @@ def test_prompts_of_different_lengths_in_one_batch(reference: Reference, world_s
     with LocalEngine(make_config(reference.folder, world_size)) as engine:
         assert_equal(engine, reference, engine.generate(PROMPTS, GREEDY))
     assert len(engine.steps) == NEW_TOKENS
+    assert engine.num_ahead == NEW_TOKENS - 1, "each step but the first was begun before the last was done"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_that_wait_for_the_tokens_of_the_last(reference: Reference, world_size: int) -> None:
+    with LocalEngine(make_config(reference.folder, world_size, async_scheduling=False)) as engine:
+        assert_equal(engine, reference, engine.generate(PROMPTS, GREEDY))
+    assert engine.num_ahead == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
