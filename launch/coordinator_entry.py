@@ -9,7 +9,9 @@ if __name__ == "__main__":
     clean_up_after_parent()
 
 import os
+import select
 import socket
+from functools import partial
 from pathlib import Path
 
 from launch.child import SUPERVISOR_FD, run_child
@@ -84,7 +86,25 @@ def main() -> None:
     supervisor.set_inheritable(False)
     config = read_config(run_dir)
     configure_logging(config.logging.level, config.logging.format, NAME)
-    run_child(NAME, run_dir, lambda: "coordination", lambda: serve(config, run_dir, supervisor))
+    run_child(
+        NAME,
+        run_dir,
+        lambda: "coordination",
+        lambda: serve(config, run_dir, supervisor),
+        partial(_clean_up_if_alone, supervisor.dup()),
+    )
+
+
+def _clean_up_if_alone(supervisor: socket.socket, error: Exception) -> None:
+    """Remove the run directory when the supervisor has gone.
+
+    Its descriptors are closed before the signal of its death is sent, so this process may fail and end on that
+    before the signal comes.
+    """
+    poller = select.poll()
+    poller.register(supervisor.fileno(), 0)
+    if poller.poll(0):
+        remove_run_dir()
 
 
 if __name__ == "__main__":

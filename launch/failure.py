@@ -106,7 +106,7 @@ class Death:
 
 
 def write_failure(run_dir: Path, name: str, phase: str, error: BaseException) -> None:
-    """Leave the record of `error` for the supervisor, in one atomic step."""
+    """Leave the record of `error` for the supervisor, in one atomic step; where it has gone, for nobody."""
     record = FailureRecord(
         name=name,
         host=socket.gethostname(),
@@ -123,8 +123,9 @@ def write_failure(run_dir: Path, name: str, phase: str, error: BaseException) ->
     )
     path = _path(run_dir, name)
     draft = path.with_suffix(".draft")
-    draft.write_text(record.model_dump_json(), encoding="utf-8")
-    draft.rename(path)
+    with contextlib.suppress(FileNotFoundError):
+        draft.write_text(record.model_dump_json(), encoding="utf-8")
+        draft.rename(path)
 
 
 def read_failure(run_dir: Path, name: str) -> FailureRecord | None:

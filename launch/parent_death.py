@@ -11,10 +11,13 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 PARENT_PID = "TPRT_PARENT_PID"
 RUN_DIR = "TPRT_RUN_DIR"
 _PR_SET_PDEATHSIG = 1
+_TRIES = 50
+_BETWEEN_TRIES_S = 0.01
 
 
 def die_with_parent() -> None:
@@ -39,9 +42,12 @@ def clean_up_after_parent() -> None:
 
 def remove_run_dir() -> None:
     """Remove what the processes of this deployment shared; for the last of them that uses it."""
-    # The ranks die at the same moment; what one of them makes just then is removed by the second try.
-    for _ in range(2):
+    # What another thread or a dying rank makes just then is removed by the next try.
+    for _ in range(_TRIES):
         shutil.rmtree(os.environ[RUN_DIR], ignore_errors=True)
+        if not os.path.lexists(os.environ[RUN_DIR]):
+            return
+        time.sleep(_BETWEEN_TRIES_S)
 
 
 def _ask_for(number: signal.Signals) -> None:
