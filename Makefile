@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := .models/SmolLM2-135M-Instruct
-EXTRAS := server,dev
+EXTRAS := dev
 
 .PHONY: install demo test check chaos bench clean
 

@@ -22,6 +22,7 @@ from launch.devices import threads_per_rank
 from launch.parent_death import die_with_parent
 from tprt.errors import PeerLostError, TransportError
 from tprt.messages import StepInput, StepOutput, WorkerReady
+from tprt.sharding import Range
 from tprt.transport.codec import decode, encode
 from tprt.transport.link import ShmWorkerLink
 from tprt.worker.input_batch import InputBuilder
@@ -78,7 +79,8 @@ def play_rank(place: BenchRank) -> None:
     with closing(ShmWorkerLink.connect(path, epoch=EPOCH, rank=place.rank, timeout_s=_WAIT_S)) as link:
         ready = WorkerReady(EPOCH, place.rank, place.num_blocks, weight_bytes=0, kv_bytes=0, load_s=0.0)
         link.send_control(b"".join(encode(ready)), _WAIT_S)
-        inputs = InputBuilder(place.block_size, place.max_num_seqs, torch.device("cpu"))
+        # No logits, so none of the vocabulary.
+        inputs = InputBuilder(place.block_size, place.max_num_seqs, torch.device("cpu"), Range(0, 0))
         times = run_steps(link, inputs)
         np.save(times_path(place.folder, place.rank), np.array(times, np.int64).reshape(-1, 3))
 

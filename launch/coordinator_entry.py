@@ -20,10 +20,12 @@ from launch.stack_dump import install_stack_dumps
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
 from tprt.coordinator.coordinator import Coordinator
+from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.group_keeper import SupervisorLane
 from tprt.coordinator.group_watch import GroupWatch
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
+from tprt.errors import InvalidRequestError
 from tprt.log import configure_logging
 from tprt.transport.hub import ShmWorkerHub
 from tprt.transport.zmq_socket import RequestServer
@@ -43,7 +45,24 @@ def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int
         enable_prefix_caching=config.cache.enable_prefix_caching,
         schedules_ahead=config.scheduler.async_scheduling,
     )
-    return Scheduler(limits, checkpoint.eos_token_ids, checkpoint.vocab_size, _FIRST_EPOCH)
+    eos_token_ids, vocab_size = checkpoint.eos_token_ids, checkpoint.vocab_size
+    grammars = GrammarCompiler(lambda: _read_tokenizer(Path(config.model.path)), eos_token_ids, vocab_size)
+    return Scheduler(limits, eos_token_ids, vocab_size, _FIRST_EPOCH, grammars=grammars)
+
+
+def _read_tokenizer(folder: Path) -> str:
+    """Return the text of the model's tokenizer.json.
+
+    Raises:
+        InvalidRequestError: it cannot be read.
+    """
+    try:
+        return (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            "a grammar needs the model's tokenizer.json, which cannot be read:"
+            f" {error.strerror if isinstance(error, OSError) else error}"
+        ) from error
 
 
 def serve(config: Config, run_dir: Path, supervisor: socket.socket) -> None:

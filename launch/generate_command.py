@@ -14,7 +14,7 @@ from launch.config_file import load_config
 from launch.llm import LLM
 from launch.options import ConfigArgument, SetOption
 from tprt.errors import ConfigError, InvalidRequestError
-from tprt.messages import SamplingParams
+from tprt.messages import Grammar, SamplingParams
 from tprt.server.completion import Completion
 
 
@@ -34,6 +34,14 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    presence_penalty: Annotated[float, typer.Option(help="Off the logit of what is in the output.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it is there.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: rather not what was there.")] = 1.0,
+    json_schema: Annotated[
+        str | None, typer.Option(metavar="FILE|JSON", help="The output fits this JSON schema.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The output matches this, as a whole.")] = None,
+    min_tokens: Annotated[int, typer.Option(help="Go on past end tokens up to this many.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     logprobs: Annotated[int | None, typer.Option(help="Report this many most likely tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line and prompt.")] = False,
@@ -49,20 +57,47 @@ def generate(
         ignore_eos=ignore_eos,
         stop=tuple(stop or ()),
         logprobs=logprobs,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        min_tokens=min_tokens,
+        grammar=_to_grammar(json_schema, regex),
     )
     texts = list(prompt or ()) + [_read_prompt(file) for file in prompt_file or ()]
     ids = [_parse_ids(text) for text in prompt_ids or ()]
     if not texts and not ids:
         raise InvalidRequestError("no prompt: give --prompt TEXT, --prompt-ids 1,2,3 or --prompt-file FILE")
+    shown = _Printer(as_json)
     with LLM(load_config(config, set_ or ())) as llm:
-        prompts = [_encode(llm, text, chat) for text in texts] + ids
-        shown = _Printer(as_json)
-        try:
-            llm.run(prompts, [sampling] * len(prompts), True, shown.show)
-        finally:
-            # Also when a signal has cut it short, and before the processes are ended, which takes a moment.
-            shown.print_all()
+        _run(llm, [_encode(llm, text, chat) for text in texts] + ids, sampling, shown)
     shown.finish()
+
+
+def _run(llm: LLM, prompts: list[list[int]], sampling: SamplingParams, shown: _Printer) -> None:
+    try:
+        llm.run(prompts, [sampling] * len(prompts), True, shown.show)
+    finally:
+        # Also when a signal has cut it short, and before the processes are ended, which takes a moment.
+        shown.print_all()
+
+
+def _to_grammar(json_schema: str | None, regex: str | None) -> Grammar | None:
+    """Return the grammar of `--json-schema`, a file or the schema itself, or of `--regex`.
+
+    Raises:
+        InvalidRequestError: there are both.
+        ConfigError: the file cannot be read.
+    """
+    if json_schema is not None and regex is not None:
+        raise InvalidRequestError("--json-schema and --regex: an output follows one of them, not both")
+    if json_schema is None:
+        return None if regex is None else Grammar("regex", regex)
+    if json_schema.lstrip().startswith("{"):
+        return Grammar("json_schema", json_schema)
+    try:
+        return Grammar("json_schema", Path(json_schema).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--json-schema {json_schema} cannot be read: {error}") from error
 
 
 def _encode(llm: LLM, text: str, chat: bool) -> list[int]:

@@ -31,6 +31,18 @@ class InvalidRequestError(TprtError):
     """One request cannot be served as it stands; other requests are not affected."""
 
 
+class EngineBusyError(TprtError):
+    """The queue is full, or the engine is not there yet: the same request may be served later.
+
+    Attributes:
+        retry_after_s: when it is worth trying again, in whole seconds from now, 1 or more.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class TransportError(TprtError):
     """Base class of what can go wrong between processes."""
 

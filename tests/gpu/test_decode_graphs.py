@@ -9,8 +9,9 @@ import torch
 
 from tests.support.checkpoints import TinyModel, save_tiny
 from tests.support.local_engine import LocalEngine, make_config
+from tests.support.tokenizers import byte_tokenizer
 from tprt.config import Config
-from tprt.messages import SamplingParams
+from tprt.messages import Grammar, SamplingParams
 from tprt.worker.decode_graphs import DecodeGraphs
 
 pytestmark = [
@@ -25,6 +26,20 @@ SAMPLINGS = {
     "random": SamplingParams(temperature=0.8, seed=3, max_tokens=24, ignore_eos=True),
     "truncated": SamplingParams(temperature=0.8, seed=3, top_k=7, top_p=0.9, max_tokens=24, ignore_eos=True),
     "logprobs": SamplingParams(temperature=0.0, logprobs=3, max_tokens=24, ignore_eos=True),
+    "adjusted": SamplingParams(
+        temperature=0.8,
+        seed=3,
+        logprobs=2,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
+        repetition_penalty=1.2,
+        logit_bias=((7, 2.0), (198, -100.0)),
+        min_tokens=20,
+        max_tokens=24,
+    ),
+    "grammar": SamplingParams(
+        temperature=0.8, seed=3, grammar=Grammar("regex", "([a-f]{2}-){9}"), max_tokens=40, ignore_eos=True
+    ),
 }
 
 
@@ -40,6 +55,7 @@ def test_graphs_equal_eager_steps(
     tmp_path: Path, tiny: TinyModel, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny(tmp_path, tiny)
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer())
     with LocalEngine(settings(tmp_path, enforce_eager=True)) as engine:
         expected = engine.generate(PROMPTS, sampling)
     replayed = []

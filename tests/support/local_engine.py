@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
 from tprt.config import CacheConfig, Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult
 from tprt.coordinator.scheduler import Scheduler
@@ -98,6 +99,11 @@ class LocalEngine:
             ),
             checkpoint.eos_token_ids,
             checkpoint.vocab_size,
+            grammars=GrammarCompiler(
+                lambda: (Path(config.model.path) / "tokenizer.json").read_text(),
+                checkpoint.eos_token_ids,
+                checkpoint.vocab_size,
+            ),
         )
         self.steps: list[StepInput] = []
         self.logits: dict[int, list[Tensor]] = {}
@@ -106,12 +112,15 @@ class LocalEngine:
         self._in_flight: deque[_Launched] = deque()
         self._key_of_slot: dict[int, int] = {}
 
-    def generate(self, prompts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
-        """Return the tokens of each prompt; `logits[i]` then has the rows they were chosen from."""
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        """Return the tokens of each prompt; `logits[i]` then has the model's rows at those places."""
+        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         tokens: dict[int, list[int]] = {key: [] for key in range(len(prompts))}
         self.logits = {key: [] for key in tokens}
-        for key, prompt in enumerate(prompts):
-            self.scheduler.add(key, AddRequest(key, np.array(prompt, np.int32), sampling))
+        for key, (prompt, wanted) in enumerate(zip(prompts, samplings, strict=True)):
+            self.scheduler.add(key, AddRequest(key, np.array(prompt, np.int32), wanted))
         while (launched := self._next_step()) is not None:
             result = self.scheduler.update(launched.wait())
             rows = self._rows_of(launched.step, result)
@@ -135,6 +144,7 @@ class LocalEngine:
 
     def _launch(self, step: StepInput) -> _Launched:
         """Begin one step; a captured one shows no logits."""
+        assert not self.scheduler.failed_in(step), "an output has left its grammar"
         self.steps.append(step)
         for shard in self._shards:
             shard.clear()

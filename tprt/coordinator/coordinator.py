@@ -17,7 +17,7 @@ from tprt.config import SupervisionConfig
 from tprt.coordinator.cause import Cause, GroupFailedError
 from tprt.coordinator.client_lane import ClientLane
 from tprt.coordinator.client_output import RequestKey, aborted_by_client, split_by_client
-from tprt.coordinator.greeting import greet, log_ready
+from tprt.coordinator.greeting import describe, greet, log_ready
 from tprt.coordinator.group_keeper import GroupKeeper
 from tprt.coordinator.replacement import Replacement, cause_of_end
 from tprt.coordinator.scheduler import Scheduler
@@ -28,6 +28,7 @@ from tprt.messages import (
     AbortRequest,
     AddRequest,
     EngineFailed,
+    GetStats,
     Hello,
     Message,
     RequestFailed,
@@ -141,10 +142,12 @@ class Coordinator:
             self._send_step(scheduler.schedule())
             if not self._sent:
                 return False
+            scheduler.counters.step_began(time.monotonic_ns())
             self._note_requests()
         self._send_step(scheduler.schedule_ahead())
         result = scheduler.update(self._group.receive_answer(self._sent[0]))
         self._sent.popleft()
+        scheduler.counters.step_ended(len(result.token_ids), time.monotonic_ns())
         if self._replacement.step_finished(result.keys.tolist):
             scheduler.isolate(self._replacement.to_isolate())
         for client_id, output in split_by_client(result):
@@ -155,6 +158,8 @@ class Coordinator:
         if step is not None:
             self._group.send_step(step)
             self._sent.append(step)
+            for key, message in self._scheduler.failed_in(step):
+                self._fail_request(key, message)
 
     def _note_requests(self) -> None:
         scheduler = self._scheduler
@@ -249,6 +254,8 @@ class Coordinator:
             self._scheduler.abort(RequestKey(client_id, message.request_id))
         elif isinstance(message, Hello):
             self._send(client_id, greet(self._scheduler, self._group.world_size))
+        elif isinstance(message, GetStats):
+            self._send(client_id, describe(self._scheduler, self._group.is_ready, time.monotonic_ns()))
         elif isinstance(message, Shutdown):
             self._shutdown = message
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tprt.coordinator.block_manager import BlockManager
+from tprt.coordinator.engine_counters import EngineCounters
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.sequence import Sequence, SequenceTable, Slots
 from tprt.coordinator.step import StepInFlight
@@ -17,8 +18,9 @@ from tprt.coordinator.step import StepInFlight
 class KVAllocation:
     """The blocks of all rows of `table`."""
 
-    def __init__(self, table: SequenceTable, limits: SchedulerLimits) -> None:
+    def __init__(self, table: SequenceTable, limits: SchedulerLimits, counters: EngineCounters) -> None:
         self._table = table
+        self._counters = counters
         self._block_size = limits.block_size
         self._blocks = BlockManager(limits.num_blocks, limits.enable_prefix_caching)
 
@@ -41,6 +43,7 @@ class KVAllocation:
         num_cached_tokens = len(cached) * self._block_size
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = num_cached_tokens
+            self._counters.prompt_runs(sequence.prompt_len, num_cached_tokens, sequence.arrived_ns)
         return self._table.place(sequence, self._blocks.allocate(cached, num_new), num_cached_tokens)
 
     def can_place(self, sequence: Sequence, num_reserved: int) -> bool:

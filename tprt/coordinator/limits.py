@@ -78,6 +78,7 @@ def check_request(request: AddRequest, limits: SchedulerLimits, vocab_size: int)
     _check_prompt_tokens(request.prompt_token_ids, vocab_size)
     _check_prompt_length(len(request.prompt_token_ids), limits)
     _check_stop_token_ids(request.sampling, vocab_size)
+    _check_logit_bias(request.sampling, vocab_size)
 
 
 def _check_prompt_tokens(token_ids: Int32Array, vocab_size: int) -> None:
@@ -117,4 +118,12 @@ def _check_stop_token_ids(sampling: SamplingParams, vocab_size: int) -> None:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
                 f"stop_token_ids holds {token_id}, which is outside the vocabulary of {vocab_size} tokens"
+            )
+
+
+def _check_logit_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    for token_id, _ in sampling.logit_bias:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"logit_bias names token {token_id}, which is outside the vocabulary of {vocab_size} tokens"
             )

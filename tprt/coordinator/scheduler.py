@@ -17,8 +17,12 @@ from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 
+from tprt.coordinator.adjustment_columns import failed_grammars
+from tprt.coordinator.engine_counters import EngineCounters
+from tprt.coordinator.grammar import GrammarCompiler
+from tprt.coordinator.intake import Intake
 from tprt.coordinator.kv_allocation import KVAllocation
-from tprt.coordinator.limits import SchedulerLimits, check_request
+from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult, find_finish_reasons, make_result
 from tprt.coordinator.sequence import Sequence, SequenceTable, Slots, draw_random_seed
 from tprt.coordinator.step import Batch, StepInFlight, advance, build_step_input, make_batch, share_budget
@@ -34,7 +38,8 @@ class Scheduler:
     """All unfinished sequences of one engine, and the KV blocks they share.
 
     `schedule` and `update` take turns; `schedule_ahead` puts one more step in flight before the tokens of the
-    last are back, where nothing but those tokens is missing.
+    last are back, where nothing but those tokens is missing. `counters` holds what it has done, and what its
+    caller counts there: steps.
     """
 
     def __init__(
@@ -44,22 +49,22 @@ class Scheduler:
         vocab_size: int,
         epoch: int = 0,
         draw_seed: Callable[[], int] = draw_random_seed,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._limits = limits
         self._eos_token_ids = eos_token_ids
-        self._vocab_size = vocab_size
-        self._draw_seed = draw_seed
+        self._intake = Intake(eos_token_ids, vocab_size, draw_seed, grammars)
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
         self._isolated: list[Hashable] = []
-        self._num_preemptions = 0
+        self.counters = EngineCounters()
         self._start_epoch(epoch)
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._next_step = 0
         self._table = SequenceTable(self._limits, self._eos_token_ids)
-        self._kv = KVAllocation(self._table, self._limits)
+        self._kv = KVAllocation(self._table, self._limits, self.counters)
         # Slots in the order in which their sequences were admitted.
         self._running = _NO_SLOTS
         self._in_flight: deque[StepInFlight] = deque()
@@ -94,11 +99,6 @@ class Scheduler:
         """KV blocks that no sequence holds."""
         return self._kv.num_free
 
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions since the start."""
-        return self._num_preemptions
-
     def unfinished_keys(self) -> list[Hashable]:
         """Return the keys of all requests that have not ended."""
         return list(self._sequences)
@@ -124,13 +124,8 @@ class Scheduler:
             InvalidRequestError: the key is in use, or the request could never be served.
         """
         if key in self._sequences:
-            raise InvalidRequestError(
-                f"request id {request.request_id} belongs to a request that has not ended; use another one"
-            )
-        check_request(request, self._limits, self._vocab_size)
-        sampling, tokens = request.sampling, request.prompt_token_ids
-        seed = self._draw_seed() if sampling.seed is None else sampling.seed
-        sequence = Sequence(key, request.request_id, sampling, seed, len(tokens), tokens, arrived_ns)
+            raise InvalidRequestError(f"request id {request.request_id} is that of one that has not ended")
+        sequence = self._intake.make_sequence(key, request, arrived_ns, self._limits)
         self._sequences[key] = self._waiting[key] = sequence
 
     def abort(self, key: Hashable) -> None:
@@ -158,11 +153,16 @@ class Scheduler:
         self._next_step += 1
         return step
 
+    def failed_in(self, step: StepInput) -> list[tuple[Hashable, str]]:
+        """Return the requests of `step`, just started, that cannot go on, and why; to be aborted."""
+        return failed_grammars(self._table, step) if len(step.grammar_rows) else []
+
     def schedule_ahead(self) -> StepInput | None:
         """Start the step after the one in flight, whose tokens are not back yet; None unless it is plain.
 
-        Plain: nobody is isolated, nobody who waits could be admitted, and every running sequence gets a token
-        in the step in flight. One that turns out to have ended by it runs once more, and that token is dropped.
+        Plain: nobody is isolated, nobody who waits could be admitted, every running sequence gets a token in
+        the step in flight, and for none it must be known which. One that turns out to have ended by it runs
+        once more, and that token is dropped.
         """
         table, slots = self._table, self._running
         if not self._limits.schedules_ahead or len(self._in_flight) != 1 or self._isolated:
@@ -172,7 +172,8 @@ class Scheduler:
         if has_room or (table.lacking(slots) != 1).any():
             return None
         slots = slots[table.num_tokens[slots] < table.max_tokens[slots]]
-        if len(slots) == 0 or not self._kv.try_grow(slots):
+        needs_newest = table.num_adjusted > 0 and table.needs_newest[slots].any()
+        if len(slots) == 0 or needs_newest or not self._kv.try_grow(slots):
             return None
         return self._start(Batch(slots, table.lacking(slots), len(slots)))
 
@@ -196,8 +197,7 @@ class Scheduler:
 
         Unfinished sequences wait in the order in which they ran and waited.
         """
-        running = [self._table.remove(slot) for slot in self._running.tolist()]
-        waiting = [*running, *self._waiting.values()]
+        waiting = [*map(self._table.remove, self._running.tolist()), *self._waiting.values()]
         self._waiting = OrderedDict((sequence.key, sequence) for sequence in waiting)
         self._start_epoch(epoch)
 
@@ -206,8 +206,7 @@ class Scheduler:
         assert not len(self._running), "blocks are in use"
         self._limits = dataclasses.replace(self._limits, num_blocks=num_blocks)
         self._start_epoch(self._epoch)
-        most = self._limits.max_sequence_len - 1
-        return [key for key, sequence in self._waiting.items() if len(sequence.token_ids) > most]
+        return [key for key, s in self._waiting.items() if len(s.token_ids) >= self._limits.max_sequence_len]
 
     def check(self) -> None:
         """Assert that blocks, tables, slots and queues agree."""
@@ -250,7 +249,7 @@ class Scheduler:
         sequence = self._kv.release(slot)
         self._waiting[sequence.key] = sequence
         self._waiting.move_to_end(sequence.key, last=False)
-        self._num_preemptions += 1
+        self.counters.num_preemptions += 1
 
     def _choose(self, may_admit: bool) -> Batch | None:
         """Share the token budget out: decodes, then prompts under way, then new ones."""

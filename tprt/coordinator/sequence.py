@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tprt.coordinator.block_manager import NO_PARENT, hash_block
 from tprt.coordinator.limits import SchedulerLimits
+from tprt.coordinator.logit_adjuster import LogitAdjuster
 from tprt.messages import Int32Array, SamplingParams
 
 Slots = NDArray[np.intp]
@@ -42,6 +43,7 @@ class Sequence:
         slot: its row of the table, or -1 while it waits.
         num_cached_tokens: prompt tokens that came from the prefix cache when it first ran; -1 before that.
         block_hashes: hashes of its leading full blocks, as far as they were needed.
+        adjuster: what is done to its logits; None when nothing is.
     """
 
     key: Hashable
@@ -54,6 +56,7 @@ class Sequence:
     slot: int = -1
     num_cached_tokens: int = _UNKNOWN
     block_hashes: list[bytes] = field(default_factory=list)
+    adjuster: LogitAdjuster | None = None
 
     def hash_blocks(self, token_ids: Int32Array, start: int, end: int, block_size: int) -> Iterator[bytes]:
         """Yield the hashes of blocks `start ... end - 1`, which `token_ids` must fill.
@@ -88,6 +91,9 @@ class SequenceTable:
         stop_ids: `[N, w]` tokens that end each, padded with -1; `w` grows as needed.
         request_ids, num_cached_tokens: `[N]` for the answers.
         temperatures, top_ks, top_ps, min_ps, seeds, num_logprobs: `[N]` as in `StepInput`.
+        is_adjusted: `[N]` something is done to the logits of each.
+        needs_newest: `[N]` its next step needs its newest token here, not only on the ranks.
+        num_adjusted: rows of which something is done to the logits: mostly none, which is soon known.
     """
 
     def __init__(self, limits: SchedulerLimits, eos_token_ids: tuple[int, ...]) -> None:
@@ -109,6 +115,8 @@ class SequenceTable:
         self.num_cached_tokens, self.num_logprobs, self.top_ks = _column(n), _column(n), _column(n)
         self.request_ids, self.seeds = np.zeros(n, np.int64), np.zeros(n, np.int64)
         self.temperatures, self.top_ps, self.min_ps = (np.zeros(n, np.float32) for _ in range(3))
+        self.is_adjusted, self.needs_newest = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+        self.num_adjusted = 0
 
     @property
     def num_free_slots(self) -> int:
@@ -137,6 +145,7 @@ class SequenceTable:
         sequence = self.sequence(slot)
         sequence.token_ids = self.known_tokens(slot).copy()
         sequence.slot = -1
+        self.num_adjusted -= bool(self.is_adjusted[slot])
         self.sequences[slot], self.keys[slot] = None, None
         self._free_slots.append(slot)
         return sequence
@@ -186,6 +195,10 @@ class SequenceTable:
         self.top_ps[slot], self.min_ps[slot] = sampling.top_p, sampling.min_p
         self.seeds[slot] = sequence.seed
         self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
+        adjuster = sequence.adjuster
+        self.is_adjusted[slot] = adjuster is not None
+        self.needs_newest[slot] = adjuster is not None and adjuster.needs_newest
+        self.num_adjusted += adjuster is not None
         stop_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids))
         if len(stop_ids) > self.stop_ids.shape[1]:
             wider = len(stop_ids) - self.stop_ids.shape[1]

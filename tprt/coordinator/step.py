@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tprt.coordinator.adjustment_columns import gather_adjustments
 from tprt.coordinator.sequence import PENDING_TOKEN, SequenceTable, Slots
 from tprt.messages import Int32Array, StepInput
 
@@ -57,7 +58,7 @@ def make_batch(table: SequenceTable, slots: Slots, query_lens: Int32Array) -> Ba
 
 
 def build_step_input(table: SequenceTable, batch: Batch, block_size: int, epoch: int, step: int) -> StepInput:
-    """Gather what the workers need to run `batch`; the table stays as it is."""
+    """Gather what the workers need to run `batch`; the table's rows stay as they are."""
     slots = batch.slots
     context_lens = table.num_computed_tokens[slots] + batch.query_lens
     return StepInput(
@@ -76,6 +77,7 @@ def build_step_input(table: SequenceTable, batch: Batch, block_size: int, epoch:
         min_ps=table.min_ps[slots],
         seeds=table.seeds[slots],
         num_logprobs=table.num_logprobs[slots],
+        **(gather_adjustments(table, slots, context_lens) if table.num_adjusted else {}),
     )
 
 

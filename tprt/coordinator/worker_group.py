@@ -57,6 +57,11 @@ class WorkerGroup:
         """Number of ranks."""
         return self._world_size
 
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether every rank has loaded."""
+        return len(self._ready) == self._world_size
+
     def filenos(self) -> list[int]:
         """Descriptors that become readable when `raise_if_failed` may have something to raise."""
         return self._hub.filenos()
@@ -83,7 +88,7 @@ class WorkerGroup:
         Raises:
             GroupFailedError: a rank is not ready within `startup_timeout_s`, or is stopped.
         """
-        if len(self._ready) == self._world_size:
+        if self.is_ready:
             return min(ready.num_blocks for ready in self._ready.values())
         if self._watch is not None and (
             stall := self._watch.find_stuck_start(self._supervision.stall_timeout_s)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tprt import kernels
 from tprt.distributed import TPGroup
+from tprt.layers.logit_adjustments import LogitAdjustments
 from tprt.layers.noise import gumbel_noise
 from tprt.sharding import Range
 
@@ -34,6 +35,7 @@ class SamplingBatch:
         num_top: most likely tokens to report for each sequence; None when no log-probabilities are wanted.
         any_random: some temperature is above 0.
         any_truncated: some sequence uses top-k, top-p or min-p.
+        adjustments: what is done to the logits before; on all ranks something or on none.
     """
 
     temperatures: Tensor
@@ -44,6 +46,7 @@ class SamplingBatch:
     num_top: int | None
     any_random: bool
     any_truncated: bool
+    adjustments: LogitAdjustments | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +69,32 @@ class Sampler(nn.Module):
         self._start = vocab_rows[group.rank].start
 
     def forward(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
-        """`logits` `[n, v]` of this rank's rows; log-probabilities are those of the unscaled logits."""
+        """Choose from `logits` `[n, v]` of this rank's rows.
+
+        Log-probabilities are those of the model: of logits as they come, without temperature, biases, penalties
+        and grammars (the default of vLLM, and what OpenAI's API reports).
+        """
         if not kernels.can_use(logits):
             logits = logits.float()
-        if batch.num_top is None and not batch.any_truncated:
-            return Sampled(self._from_candidates(logits, batch))
-        full = self._group.all_gather(logits, self._sizes)
-        token_ids = _choose(full, batch)
+        if batch.adjustments is not None:
+            # What is chosen from is gone before log-probabilities are made: each is as large as all logits.
+            token_ids = self._choose_from(batch.adjustments.apply(logits), batch)
+            if batch.num_top is None:
+                return Sampled(token_ids)
+            return _with_logprobs(self._gather(logits).float(), token_ids, batch.num_top)
         if batch.num_top is None:
-            return Sampled(token_ids)
-        return _with_logprobs(full.float(), token_ids, batch.num_top)
+            return Sampled(self._choose_from(logits, batch))
+        full = self._gather(logits)
+        return _with_logprobs(full.float(), _choose(full, batch), batch.num_top)
+
+    def _choose_from(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Return the tokens `[n]`; no more than candidates are exchanged where that is enough."""
+        if batch.any_truncated:
+            return _choose(self._gather(logits), batch)
+        return self._from_candidates(logits, batch)
+
+    def _gather(self, logits: Tensor) -> Tensor:
+        return self._group.all_gather(logits, self._sizes)
 
     def _from_candidates(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Return the token of the best of all ranks' candidates; the lowest id wins a tie."""

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from tprt.errors import TransportError
-from tprt.messages import Float32Array, Int32Array, Int64Array, SamplingParams, UInt8Array
+from tprt.messages import Float32Array, Grammar, Int32Array, Int64Array, SamplingParams, UInt8Array
 
 Check = Callable[[object], bool]
 Getter = Callable[[object], tuple[Any, ...]]
@@ -30,6 +30,7 @@ class FieldPlan:
         name: its name, which is also its tag on the wire.
         signature: the dtypes of its columns in one string, such as `i4,f4`.
         column_names, dtypes: its array fields, in order; little-endian.
+        empty_columns: each of them without an element, not to be written to.
         scalar_names: the other fields, in order.
         sampling_name: the scalar that is a `SamplingParams`, or None.
         columns_of, scalars_of: read those fields of a message.
@@ -43,6 +44,7 @@ class FieldPlan:
         self.name = kind.__name__
         self.column_names = tuple(dtypes)
         self.dtypes = tuple(dtypes.values())
+        self.empty_columns = {name: np.frombuffer(b"", dtype) for name, dtype in dtypes.items()}
         self.signature = ",".join(dtype.str[1:] for dtype in self.dtypes)
         self.scalar_names = tuple(name for name in names if name not in dtypes)
         self.sampling_name = next((name for name in names if hints[name] is SamplingParams), None)
@@ -97,7 +99,10 @@ def _check_of(hint: object) -> Check:
     if hint in _CHECKS:
         return _CHECKS[hint]
     if get_origin(hint) is tuple:
-        return _tuple_check(_check_of(get_args(hint)[0]))
+        first, *rest = get_args(hint)
+        if rest != [Ellipsis]:
+            return _record_check([_check_of(first), *map(_check_of, rest)])
+        return _tuple_check(_check_of(first))
     if get_origin(hint) in (Union, types.UnionType):
         return _optional_check(_check_of(get_args(hint)[0]))
     raise TypeError(f"the codec has no rule for a field of type {hint}")
@@ -112,13 +117,22 @@ _CHECKS: dict[object, Check] = {
     float: lambda value: type(value) is float or _is_int64(value),
     bool: lambda value: type(value) is bool,
     str: lambda value: type(value) is str,
-    # a nested record; its own plan looks into it
+    # nested records; the plan of the one looks into it, the other is small
     SamplingParams: lambda value: type(value) is tuple,
+    Grammar: lambda value: type(value) is tuple and len(value) == 2 and all(type(v) is str for v in value),
 }
 
 
 def _tuple_check(check: Check) -> Check:
     return lambda value: type(value) is tuple and all(map(check, value))
+
+
+def _record_check(checks: Sequence[Check]) -> Check:
+    return lambda value: (
+        type(value) is tuple
+        and len(value) == len(checks)
+        and all(check(part) for check, part in zip(checks, value, strict=True))
+    )
 
 
 def _optional_check(check: Check) -> Check:

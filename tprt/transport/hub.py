@@ -143,14 +143,20 @@ class ShmWorkerHub:
         Raises:
             TransportTimeoutError: neither came in time; names the ranks that have not read all steps.
             SequenceGapError: an output was lost.
-            PeerLostError: rank 0 went away in the middle of a large output.
+            PeerLostError: rank 0 went away in the middle of a large output, and no control event tells of it.
         """
         deadline_s = time.monotonic() + timeout_s
         if timeout_s > 0:
             self._outputs.spin()
         while True:
-            if (output := self._outputs.try_receive()) is not None:
-                return output
+            try:
+                if (output := self._outputs.try_receive()) is not None:
+                    return output
+            except PeerLostError:
+                # What rank 0 said before it went tells more.
+                if (event := self.receive_control(0.0)) is not None:
+                    return event
+                raise
             if (event := self.receive_control(0.0)) is not None:
                 return event
             left_s = deadline_s - time.monotonic()

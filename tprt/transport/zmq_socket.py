@@ -204,14 +204,24 @@ class RequestClient:
         while True:
             message = self._try_receive()
             left_s = deadline_s - time.monotonic()
-            if message is not None or left_s <= 0:
+            if message is not None:
                 return message
+            if left_s <= 0:
+                return self._try_receive() if self._notice_events() else None
             if self.loss is not None:
                 # The lane stays silent from now on: a caller that loops must not spin.
                 time.sleep(left_s if was_lost else 0.0)
                 return None
             if self._monitor in dict(self._poller.poll(_to_ms(left_s))):
                 self._read_monitor()
+
+    def filenos(self) -> tuple[int, ...]:
+        """Descriptors for a poller; one is readable when something comes after `receive` has returned None.
+
+        They signal edges, as that of `RequestServer.fileno` does, and `send` may take one away: after every
+        wake-up and every `send`, `receive(0)` until None. After a `loss` they say nothing.
+        """
+        return tuple(int(socket.getsockopt(zmq.FD)) for socket in (self._socket, self._monitor))
 
     def close(self, flush: bool = True) -> None:
         """Release everything; idempotent.
@@ -232,6 +242,13 @@ class RequestClient:
             return self._take(self._socket.recv_multipart(zmq.NOBLOCK))
         except zmq.Again:
             return None
+
+    def _notice_events(self) -> bool:
+        """Look, without waiting, whether the server has gone; True when it was seen just now."""
+        if self.loss is not None or not int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            return False
+        self._read_monitor()
+        return self.loss is not None
 
     def _take(self, frames: list[bytes]) -> bytes | None:
         if len(frames) == 1:

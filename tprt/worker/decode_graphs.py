@@ -2,7 +2,7 @@
 
 A few batch sizes are captured, the largest first and all from one memory pool; a batch runs in the smallest
 that holds it, with padding that writes to no KV slot. The parts of a step that graphs cannot hold (truncated
-sampling, log-probabilities) follow the captured forward pass eagerly.
+sampling, log-probabilities, adjusted logits) follow the captured forward pass eagerly.
 
 Knows nothing of prefills: those run eagerly.
 """
@@ -258,7 +258,8 @@ class _HostColumns:
 
 def _samples_simply(step: StepInput) -> bool:
     """Whether one candidate a rank decides every row."""
-    return not truncated_rows(step).any() and not (step.num_logprobs >= 0).any()
+    plain = not step.adjusts_logits and not (step.num_logprobs >= 0).any()
+    return plain and not truncated_rows(step).any()
 
 
 def _fill(column: Tensor, values: NDArray[np.generic], padding: float) -> None:

@@ -5,7 +5,6 @@ All index arithmetic is numpy over whole columns. Knows nothing of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,8 @@ from tprt.context import Context
 from tprt.layers.noise import noise_keys
 from tprt.layers.sampler import SamplingBatch
 from tprt.messages import Int32Array, Int64Array, StepInput
+from tprt.sharding import Range
+from tprt.worker.adjustment_input import NUM_COLUMNS, adjustment_bytes, make_adjustments
 from tprt.worker.step_transfer import StepTransfer, staged_bytes
 
 
@@ -58,8 +59,10 @@ class _SampledRows:
 class InputBuilder:
     """Builds the batches of one worker, and keeps the token that each slot sampled last."""
 
-    def __init__(self, block_size: int, max_num_seqs: int, device: torch.device) -> None:
+    def __init__(self, block_size: int, max_num_seqs: int, device: torch.device, vocab_rows: Range) -> None:
+        """Start with nothing sampled; `vocab_rows` are the tokens that this rank has logits of."""
         self._block_size = block_size
+        self._vocab_rows = vocab_rows
         self._transfer = StepTransfer(device)
         # One more than there are slots: padding of captured batches reads and writes the last.
         self.last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -78,7 +81,7 @@ class InputBuilder:
         positions_there = stage(positions)
         context = self._context(step, positions)
         sampled = self._sampled_rows(step)
-        sampling = _with_noise_keys(sampled, step, stage)
+        sampling = self._sampling_now(sampled, step)
         self._transfer.flush()
         if slots is not None:
             token_ids = torch.where(token_ids < 0, self.last_token_ids[slots], token_ids)
@@ -88,7 +91,7 @@ class InputBuilder:
         """Return the sampling parameters of `step` and the slots that are sampled, and nothing else of it."""
         self._transfer.begin(_most_bytes(step, self._block_size))
         sampled = self._sampled_rows(step)
-        sampling = _with_noise_keys(sampled, step, self._transfer.stage)
+        sampling = self._sampling_now(sampled, step)
         self._transfer.flush()
         return sampling, sampled.slots
 
@@ -163,24 +166,22 @@ class InputBuilder:
             any_truncated=bool(truncated_rows(step)[rows].any()),
         )
 
-
-def _with_noise_keys(
-    sampled: _SampledRows, step: StepInput, stage: Callable[[Int64Array], Tensor]
-) -> SamplingBatch | None:
-    """Return the sampling parameters with the keys of this step's positions; nothing reads a greedy batch's."""
-    same = sampled.sampling
-    if same is None or not same.any_random:
-        return same
-    return SamplingBatch(
-        temperatures=same.temperatures,
-        top_ks=same.top_ks,
-        top_ps=same.top_ps,
-        min_ps=same.min_ps,
-        noise_keys=stage(noise_keys(sampled.seeds, step.context_lens[sampled.rows])),
-        num_top=same.num_top,
-        any_random=same.any_random,
-        any_truncated=same.any_truncated,
-    )
+    def _sampling_now(self, sampled: _SampledRows, step: StepInput) -> SamplingBatch | None:
+        """Return the sampling parameters and what is this step's alone; nothing reads a greedy batch's keys."""
+        same, stage = sampled.sampling, self._transfer.stage
+        if same is None or not (same.any_random or step.adjusts_logits):
+            return same
+        return SamplingBatch(
+            temperatures=same.temperatures,
+            top_ks=same.top_ks,
+            top_ps=same.top_ps,
+            min_ps=same.min_ps,
+            noise_keys=stage(noise_keys(sampled.seeds, step.context_lens[sampled.rows])),
+            num_top=same.num_top,
+            any_random=same.any_random,
+            any_truncated=same.any_truncated,
+            adjustments=make_adjustments(step, sampled.rows, self._vocab_rows, stage),
+        )
 
 
 def _most_bytes(step: StepInput, block_size: int) -> int:
@@ -189,7 +190,8 @@ def _most_bytes(step: StepInput, block_size: int) -> int:
     longest = int(step.context_lens.max(initial=0))
     table_bytes = num_seqs * -(-longest // block_size) * 4
     # Four columns of 8 bytes a token; at most twelve of up to 8 bytes a sequence, some with one more entry.
-    return staged_bytes(32 * num_tokens + 96 * (num_seqs + 1) + table_bytes, num_columns=20)
+    num_bytes = 32 * num_tokens + 96 * (num_seqs + 1) + table_bytes + adjustment_bytes(step)
+    return staged_bytes(num_bytes, num_columns=20 + NUM_COLUMNS)
 
 
 def truncated_rows(step: StepInput) -> NDArray[np.bool_]:

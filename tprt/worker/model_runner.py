@@ -73,7 +73,9 @@ class ModelRunner:
         )
         self._shard = self._plan.shards[group.rank]
         self._sampler = Sampler(group, [shard.vocab_rows for shard in self._plan.shards])
-        self._inputs = InputBuilder(config.cache.block_size, config.scheduler.max_num_seqs, device)
+        self._inputs = InputBuilder(
+            config.cache.block_size, config.scheduler.max_num_seqs, device, self._shard.vocab_rows
+        )
         self._outputs = OutputTransfer(config.scheduler.max_num_seqs, device)
         self._captures = False
         self._graphs: DecodeGraphs | None = None

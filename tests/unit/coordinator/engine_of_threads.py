@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.tokenizers import EOS as EOS_TEXT
+from tests.support.tokenizers import letters_tokenizer
 from tprt.config import SupervisionConfig
 from tprt.coordinator.coordinator import Coordinator
+from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
 from tprt.errors import EngineDeadError, TransportTimeoutError
@@ -19,7 +22,9 @@ from tprt.messages import (
     AddRequest,
     EngineFailed,
     EngineReady,
+    EngineStats,
     FinishReason,
+    GetStats,
     Message,
     RequestFailed,
     RequestOutput,
@@ -131,6 +136,7 @@ class Client:
         self.failed: dict[int, str] = {}
         self.engine_failure = ""
         self.ready: list[EngineReady] = []
+        self.stats: list[EngineStats] = []
         self.outputs: list[RequestOutput] = []
 
     def send(self, message: Message) -> None:
@@ -139,6 +145,13 @@ class Client:
     def add(self, request_id: int, prompt_len: int = 3, **sampling: object) -> None:
         params = SamplingParams(**sampling)  # type: ignore[arg-type]
         self.send(AddRequest(request_id, np.full(prompt_len, 5, np.int32), params))
+
+    def ask_stats(self) -> EngineStats:
+        """Ask how the engine is doing and return the answer."""
+        num_before = len(self.stats)
+        self.send(GetStats())
+        self.wait(lambda: len(self.stats) > num_before)
+        return self.stats[-1]
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Take in messages until `done`."""
@@ -151,6 +164,8 @@ class Client:
     def _take(self, message: Message) -> None:
         if isinstance(message, EngineReady):
             self.ready.append(message)
+        elif isinstance(message, EngineStats):
+            self.stats.append(message)
         elif isinstance(message, RequestFailed):
             self.failed[message.request_id] = message.message
         elif isinstance(message, EngineFailed):
@@ -188,7 +203,9 @@ class Engine:
 
     def _make_scheduler(self, num_blocks: int) -> Scheduler:
         values = {name: getattr(self._limits, name) for name in self._limits.__slots__}
-        self.scheduler = Scheduler(SchedulerLimits(**values | {"num_blocks": num_blocks}), (EOS,), 1000)
+        limits = SchedulerLimits(**values | {"num_blocks": num_blocks})
+        grammars = GrammarCompiler(lambda: letters_tokenizer(["a", "b", EOS_TEXT, *"cdefghi"]), (EOS,), 1000)
+        self.scheduler = Scheduler(limits, (EOS,), 1000, grammars=grammars)
         return self.scheduler
 
     def _run(self) -> None:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import itertools
 import zlib
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import blake2b
 
 import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
 
+from tests.support.tokenizers import EOS as EOS_TEXT
+from tests.support.tokenizers import letters_tokenizer
+from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult
 from tprt.coordinator.scheduler import Scheduler
 from tprt.messages import AddRequest, FinishReason, SamplingParams, StepInput, StepOutput
+from tprt.sharding import Range
+from tprt.worker.adjustment_input import make_adjustments
 
 VOCAB_SIZE = 13
 EOS = 7
 DRAWN_SEED = 99
+TOKENIZER = letters_tokenizer([*"abcdefg", EOS_TEXT, *"hijkl"])
 
 
 def kv_value(previous: int, token_id: int, position: int) -> int:
@@ -23,9 +33,54 @@ def kv_value(previous: int, token_id: int, position: int) -> int:
     return zlib.crc32(np.array([previous, token_id, position], np.int64).tobytes())
 
 
+def logits_of(values: np.ndarray, seed: int) -> np.ndarray:
+    """Stand in for model and noise: a logit for each token `[V]`, which depends on every visible KV value."""
+    digest = blake2b(
+        values.astype(np.int64).tobytes(), key=seed.to_bytes(8, "little"), digest_size=2 * VOCAB_SIZE
+    )
+    return np.frombuffer(digest.digest(), np.uint16) / 2**14 - 2.0
+
+
 def next_token(values: np.ndarray, seed: int) -> int:
-    """Stand in for model and sampler: a token that depends on every visible KV value."""
-    return zlib.crc32(values.astype(np.int64).tobytes(), seed % 2**32) % VOCAB_SIZE
+    """Return the token of a request that wants nothing done to its logits."""
+    return int(logits_of(values, seed).argmax())
+
+
+def adjusted(
+    logits: np.ndarray, request: AddRequest, output: list[int], matcher: LLMatcher | None
+) -> np.ndarray:
+    """Do to `logits` what the request wants, from its whole history and by the definitions."""
+    sampling, logits = request.sampling, logits.copy()
+    ends = {EOS, *sampling.stop_token_ids} if len(output) < sampling.min_tokens else set()
+    for token_id, bias in sampling.logit_bias:
+        logits[token_id] += bias
+    for token_id in {*request.prompt_token_ids.tolist(), *output}:
+        divides = logits[token_id] > 0
+        logits[token_id] *= sampling.repetition_penalty ** (-1 if divides else 1)
+    for token_id in set(output):
+        logits[token_id] -= sampling.frequency_penalty * output.count(token_id) + sampling.presence_penalty
+    allowed = set(range(VOCAB_SIZE)) if matcher is None else allowed_by(matcher)
+    possible = [token_id in (allowed - ends or allowed) for token_id in range(VOCAB_SIZE)]
+    return np.where(possible, logits, -np.inf)
+
+
+def allowed_by(matcher: LLMatcher) -> set[int]:
+    bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+@cache
+def make_ll_tokenizer() -> LLTokenizer:
+    return LLTokenizer(TOKENIZER, eos_token=EOS)
+
+
+def matcher_after(regex: str, output: list[int]) -> LLMatcher:
+    """Return a matcher that has seen `output`, and nothing of another one."""
+    matcher = LLMatcher(make_ll_tokenizer(), LLMatcher.grammar_from_regex(regex))
+    for token_id in output:
+        if not matcher.is_stopped():
+            assert matcher.consume_token(token_id)
+    return matcher
 
 
 def expected_output(request: AddRequest, limits: SchedulerLimits) -> tuple[list[int], FinishReason]:
@@ -33,11 +88,13 @@ def expected_output(request: AddRequest, limits: SchedulerLimits) -> tuple[list[
     sampling = request.sampling
     seed = DRAWN_SEED if sampling.seed is None else sampling.seed
     values: list[int] = []
+    grammar = sampling.grammar
     for position, token_id in enumerate(request.prompt_token_ids.tolist()):
         values.append(kv_value(values[-1] if values else 0, token_id, position))
     output: list[int] = []
     while True:
-        token_id = next_token(np.array(values), seed)
+        matcher = None if grammar is None else matcher_after(grammar.source, output)
+        token_id = int(adjusted(logits_of(np.array(values), seed), request, output, matcher).argmax())
         output.append(token_id)
         if token_id in sampling.stop_token_ids or (token_id == EOS and not sampling.ignore_eos):
             return output, FinishReason.STOP
@@ -63,16 +120,26 @@ class SimulatedWorker:
         tokens = np.split(step.token_ids, np.cumsum(step.query_lens)[:-1])
         num_blocks = -(-step.context_lens // self._limits.block_size)
         tables = np.split(step.block_ids, np.cumsum(num_blocks)[:-1])
-        sampled = []
+        logits = []
         for row, (row_tokens, table) in enumerate(zip(tokens, tables, strict=True)):
             context_len, slot = int(step.context_lens[row]), int(step.seq_slots[row])
             slots = self._slot_mapping(table, context_len)
             known = [token if token >= 0 else self._last_tokens[slot] for token in row_tokens.tolist()]
             self._write(slots, known, context_len)
             if step.samples[row]:
-                sampled.append(next_token(self._values[slots], int(step.seeds[row])))
-                self._last_tokens[slot] = sampled[-1]
+                logits.append(logits_of(self._values[slots], int(step.seeds[row])))
+        sampled = self._sample(step, np.array(logits).reshape(-1, VOCAB_SIZE))
+        self._last_tokens.update(zip(step.seq_slots[step.samples == 1].tolist(), sampled, strict=True))
         return StepOutput(step.epoch, step.step, np.array(sampled, np.int32))
+
+    def _sample(self, step: StepInput, logits: np.ndarray) -> list[int]:
+        """Do what a rank does to logits `[n, V]`, from the step alone."""
+        rows = np.flatnonzero(step.samples)
+        adjustments = make_adjustments(step, rows, Range(0, VOCAB_SIZE), torch.from_numpy)
+        if adjustments is not None:
+            logits = adjustments.apply(torch.from_numpy(logits)).numpy()
+        tokens: list[int] = logits.argmax(axis=1).tolist()
+        return tokens
 
     def _slot_mapping(self, table: np.ndarray, context_len: int) -> np.ndarray:
         positions, size = np.arange(context_len), self._limits.block_size
@@ -129,7 +196,8 @@ class Engine:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.scheduler = Scheduler(limits, (EOS,), VOCAB_SIZE, draw_seed=lambda: DRAWN_SEED)
+        grammars = GrammarCompiler(lambda: TOKENIZER, (EOS,), VOCAB_SIZE)
+        self.scheduler = Scheduler(limits, (EOS,), VOCAB_SIZE, draw_seed=lambda: DRAWN_SEED, grammars=grammars)
         self.worker = SimulatedWorker(limits, 0)
         self.epoch = 0
         self.requests: dict[int, Tracked] = {}

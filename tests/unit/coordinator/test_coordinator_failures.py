@@ -14,6 +14,7 @@ from tests.unit.coordinator.engine_of_threads import (
     vanish,
 )
 from tprt.messages import (
+    Grammar,
     Hello,
     StepInput,
 )
@@ -129,3 +130,17 @@ def test_an_answer_to_another_step_ends_the_engine(make: Make) -> None:
     engine.ranks[0].on_step = lambda rank, step: rank.answer(step, step_number=step.step + 1)
     engine.start().client().add(1)
     assert "expected (0, 0, 1)" in engine.death()
+
+
+def test_a_request_that_leaves_its_grammar_fails_alone_and_with_the_reason(make: Make) -> None:
+    client = make().start().client()
+    # Token n of these ranks is the length, whatever is allowed: c, d, e, ...
+    client.add(1, prompt_len=3, max_tokens=6, grammar=Grammar("regex", "cdx"))
+    client.add(2, prompt_len=3, max_tokens=6, grammar=Grammar("regex", "[c-z]*"))
+    client.add(3, prompt_len=3, max_tokens=6)
+    client.add(4, prompt_len=3, max_tokens=6, grammar=Grammar("regex", "("))
+    client.wait(lambda: len(client.reasons) + len(client.failed) == 4)
+    assert client.failed.keys() == {1, 4}
+    assert client.failed[1].startswith("the output cannot go on in its grammar: ")
+    assert "unclosed group" in client.failed[4]
+    assert client.tokens[2] == client.tokens[3] == [3, 4, 5, 6, 7, 8]

@@ -66,7 +66,7 @@ def test_others_give_way_when_there_is_no_room_for_it() -> None:
     for _ in range(4):
         assert step_keys(scheduler) == ["b"]
     assert step_keys(scheduler) == ["a"]
-    assert scheduler.num_preemptions == 1
+    assert scheduler.counters.num_preemptions == 1
 
 
 def test_only_unfinished_requests_are_in_flight() -> None:

@@ -61,6 +61,12 @@ def test_stop_tokens_outside_the_vocabulary_and_too_many_of_them_are_refused() -
     assert "257 entries" in refusal(scheduler(), request([1], stop_token_ids=(3,) * 257))
 
 
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE])
+def test_a_bias_of_a_token_outside_the_vocabulary_is_refused(token_id: int) -> None:
+    bad = request([1], logit_bias=((3, 1.0), (token_id, 1.0)))
+    assert refusal(scheduler(), bad).startswith(f"logit_bias names token {token_id}, ")
+
+
 def test_a_key_in_use_is_refused_and_the_first_request_goes_on() -> None:
     target = scheduler()
     target.add("k", request([1, 2]))

@@ -67,7 +67,7 @@ def _two_that_outgrow_the_blocks() -> Scheduler:
     scheduler = make(num_blocks=5)
     add(scheduler, "a", 4, max_tokens=20)
     add(scheduler, "b", 4, max_tokens=20)
-    while scheduler.num_preemptions == 0:
+    while scheduler.counters.num_preemptions == 0:
         run(scheduler)
     return scheduler
 
@@ -87,7 +87,7 @@ def test_a_preempted_sequence_waits_before_those_that_have_not_run() -> None:
     scheduler = make(num_blocks=5, max_num_seqs=2, enable_prefix_caching=False)
     for key in "abc":
         add(scheduler, key, 4, max_tokens=12)
-    while scheduler.num_preemptions == 0:
+    while scheduler.counters.num_preemptions == 0:
         run(scheduler)
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
     scheduler.abort("a")

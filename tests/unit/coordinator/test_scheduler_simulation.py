@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.unit.coordinator.simulated_engine import VOCAB_SIZE, Engine, next_token
+from tests.unit.coordinator.simulated_engine import EOS, VOCAB_SIZE, Engine, next_token
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.errors import InvalidRequestError
-from tprt.messages import FinishReason, SamplingParams
+from tprt.messages import FinishReason, Grammar, SamplingParams
 
 # Prompts that share prefixes of many lengths, and blocks of equal tokens after different prefixes.
 STREAM = np.random.default_rng(5).integers(0, VOCAB_SIZE, 40).tolist()
@@ -25,12 +25,28 @@ prompts = st.builds(
     st.integers(0, 30),
     tails,
 )
-samplings = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 30),
-    seed=st.sampled_from([None, 1, 2]),
-    ignore_eos=st.booleans(),
-    stop_token_ids=st.sampled_from([(), (), (3,), (2, 4, 5)]),
+# The logits of the simulation are sums of powers of two, as is what is done to them: nothing is rounded.
+plain = {
+    "max_tokens": st.integers(1, 30),
+    "seed": st.sampled_from([None, 1, 2]),
+    "ignore_eos": st.booleans(),
+    "stop_token_ids": st.sampled_from([(), (), (3,), (2, 4, 5)]),
+}
+grammars = st.sampled_from(["(ab|cd){1,4}e", "[a-l]*k", "abc", "[a-d]{3,20}"])
+adjusting = {
+    "presence_penalty": st.sampled_from([0.0, -0.5, 1.5]),
+    "frequency_penalty": st.sampled_from([0.0, 0.25, -1.0]),
+    "repetition_penalty": st.sampled_from([1.0, 1.0, 0.5, 2.0]),
+    "logit_bias": st.sampled_from([(), ((EOS, 1.0),), ((3, -100.0), (EOS, -1.5))]),
+    "grammar": st.none() | grammars.map(lambda regex: Grammar("regex", regex)),
+}
+samplings = st.builds(SamplingParams, **plain) | st.builds(
+    lambda max_tokens, least, **others: SamplingParams(
+        max_tokens=max_tokens, min_tokens=min(least, max_tokens), **others
+    ),
+    least=st.integers(0, 20),
+    **plain,
+    **adjusting,
 )
 all_limits = st.builds(
     lambda seqs, extra, length, size, blocks, caching: SchedulerLimits(
@@ -110,7 +126,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             self.engine.finish()
-            event(f"preempted: {self.engine.scheduler.num_preemptions > 0}")
+            event(f"preempted: {self.engine.scheduler.counters.num_preemptions > 0}")
             event(f"ran ahead: {self.engine.num_ahead > 0}")
 
 
@@ -148,12 +164,12 @@ def test_a_crowd_in_little_memory_is_preempted_and_still_gets_the_tokens_of_an_u
     caching: bool,
 ) -> None:
     engine = _crowd(SchedulerLimits(8, 24, 60, 4, 12, caching))
-    assert engine.scheduler.num_preemptions > 3
+    assert engine.scheduler.counters.num_preemptions > 3
 
 
 def test_a_crowd_with_plenty_of_memory_gets_the_same_tokens_without_preemption() -> None:
     engine = _crowd(SchedulerLimits(8, 24, 60, 4, 400, True))
-    assert engine.scheduler.num_preemptions == 0
+    assert engine.scheduler.counters.num_preemptions == 0
 
 
 def test_the_simulated_worker_notices_kv_of_another_prefix() -> None:

@@ -84,4 +84,4 @@ def test_a_sequence_that_was_preempted_and_computed_again(reference: Reference, 
     config = make_config(reference.folder, world_size, num_blocks=18, block_size=2, enable_prefix_caching=False)
     with LocalEngine(config) as engine:
         assert_equal(engine, reference, engine.generate(PROMPTS, GREEDY))
-        assert engine.scheduler.num_preemptions > 0
+        assert engine.scheduler.counters.num_preemptions > 0

@@ -20,6 +20,7 @@ from tprt.messages import (
     AbortRequest,
     AddRequest,
     Float32Array,
+    Grammar,
     Hello,
     Int32Array,
     Int64Array,
@@ -38,6 +39,8 @@ from tprt.transport.field_plan import FieldPlan
 TYPES = typing.get_args(Message)
 COLUMNS = ((Int32Array, np.int32), (Int64Array, np.int64), (Float32Array, np.float32), (UInt8Array, np.uint8))
 INT64 = st.integers(-(2**63), 2**63 - 1)
+BIASES = st.lists(st.tuples(INT64, st.floats(-100, 100) | st.integers(-100, 100)), max_size=3)
+GRAMMARS = st.builds(Grammar, st.sampled_from(["json_schema", "regex", "lark"]), st.text(max_size=50))
 SAMPLING = st.builds(
     SamplingParams,
     temperature=st.floats(0, 9999),
@@ -50,7 +53,15 @@ SAMPLING = st.builds(
     stop=st.lists(st.text(min_size=1), max_size=3).map(tuple),
     stop_token_ids=st.lists(INT64, max_size=3).map(tuple),
     logprobs=st.none() | st.integers(0, 20),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0, 10, exclude_min=True),
+    logit_bias=BIASES.map(tuple),
+    min_tokens=st.sampled_from([0, 1]),
+    grammar=st.none() | GRAMMARS,
 )
+# The scalars of sampling parameters as they are on the wire.
+PLAIN = (1.0, 0, 1.0, 0.0, None, 1, False, (), (), None, 0.0, 0.0, 1.0, (), 0, None)
 # Lone surrogates stand for the bytes of a file name that are not UTF-8.
 TEXT = st.text(st.characters(codec=None), max_size=50)
 
@@ -60,6 +71,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     for annotation, dtype in COLUMNS:
         if hint == annotation:
             return npst.arrays(dtype, st.integers(0, 70))
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values_of(typing.get_args(hint)[0]), max_size=3).map(tuple)
     return {
         int: INT64,
         bool: st.booleans(),
@@ -213,8 +226,18 @@ def forge(*header: Any, body: bytes = b"", version: int = 1, magic: bytes = b"TP
     return magic + version.to_bytes(4, "little") + sizes + packed + b"\0" * (-len(packed) % 8) + body
 
 
+def forge_request(*scalars: Any, length: int = 0, body: bytes = b"") -> bytes:
+    """Return a request whose last sampling parameters are `scalars`."""
+    sampling = [*PLAIN[: len(PLAIN) - len(scalars)], *scalars]
+    return forge("AddRequest", "i4", [1, sampling], [length], body=body)
+
+
 def test_a_forged_message_that_is_right_is_taken() -> None:
     assert decode(forge("Shutdown", "", ["why"], [])) == Shutdown("why")
+    request = decode(forge_request([[3, 1.5], [4, -2]], 0, ["regex", "a+"]))
+    assert isinstance(request, AddRequest)
+    assert request.sampling.logit_bias == ((3, 1.5), (4, -2))
+    assert request.sampling.grammar == Grammar("regex", "a+")
 
 
 @pytest.mark.parametrize(
@@ -235,19 +258,24 @@ def test_a_forged_message_that_is_right_is_taken() -> None:
         (forge("AddRequest", "i4", [1, {}], [0]), "AddRequest.sampling is {}; expected SamplingParams"),
         (
             forge("AddRequest", "i4", [1, [1.0]], [0]),
-            "SamplingParams has 1 scalar fields; expected 10: temperature, ",
+            "SamplingParams has 1 scalar fields; expected 16: temperature, ",
         ),
-        (forge("AddRequest", "i4", [1, [1.0] * 10], [0]), "SamplingParams.top_k is 1.0; expected int"),
+        (forge("AddRequest", "i4", [1, [1.0] * 16], [0]), "SamplingParams.top_k is 1.0; expected int"),
+        (forge_request([3], 0, None), "SamplingParams.logit_bias is (3,); expected"),
+        (forge_request([[3]], 0, None), "SamplingParams.logit_bias is ((3,),); expected"),
+        (forge_request([[3, 1.0, 2.0]], 0, None), "SamplingParams.logit_bias is ((3, 1.0, 2.0),); expected"),
+        (forge_request([["a", 1.0]], 0, None), "SamplingParams.logit_bias is (('a', 1.0),); expected"),
+        (forge_request([], 0, "a+"), "SamplingParams.grammar is 'a+'; expected"),
+        (forge_request([], 0, ["a+"]), "SamplingParams.grammar is ('a+',); expected"),
+        (forge_request([], 0, ["regex", 1]), "SamplingParams.grammar is ('regex', 1); expected"),
         (forge("AddRequest", "i4", [1, []], [-1]), "column lengths (-1,); expected 1 counts"),
         (forge("AddRequest", "i4", [1, []], [1, 2]), "column lengths (1, 2); expected 1 counts"),
         (
-            forge("AddRequest", "i4", [1, [1.0, 0, 1.0, 0.0, None, 1, False, [], [], None]], [2**40]),
+            forge_request(length=2**40),
             "AddRequest.prompt_token_ids with 1099511627776 elements runs past the end",
         ),
         (
-            forge(
-                "AddRequest", "i4", [1, [1.0, 0, 1.0, 0.0, None, 1, False, [], [], None]], [2], body=bytes(16)
-            ),
+            forge_request(length=2, body=bytes(16)),
             "AddRequest has 16 bytes of columns; its lengths add up to 8",
         ),
     ],
@@ -259,6 +287,19 @@ def test_what_is_wrong_with_a_message_is_said(data: bytes, said: str) -> None:
 
 
 def test_sampling_parameters_out_of_range_are_an_error_of_that_request() -> None:
-    sampling = [-1.0, 0, 1.0, 0.0, None, 1, False, [], [], None]
     with pytest.raises(InvalidRequestError, match="temperature"):
-        decode(forge("AddRequest", "i4", [1, sampling], [0]))
+        decode(forge("AddRequest", "i4", [1, [-1.0, *PLAIN[1:]]], [0]))
+    with pytest.raises(
+        InvalidRequestError, match="a grammar of kind 'ebnf'; expected json_schema, regex or lark"
+    ):
+        decode(forge_request([], 0, ["ebnf", "a+"]))
+    with pytest.raises(InvalidRequestError, match="biases from -100 to 100"):
+        decode(forge_request([[3, 101.0]], 0, None))
+
+
+def test_columns_that_are_empty_share_no_memory_with_the_message() -> None:
+    decoded = decode(join(make_step()))
+    assert isinstance(decoded, StepInput)
+    assert not decoded.adjusts_logits
+    assert decoded.token_masks.dtype == np.int32
+    assert len(decoded.token_masks) == 0

@@ -218,3 +218,40 @@ def test_a_client_closes_though_nobody_is_left_for_what_it_has_sent(
         client.receive(0.01)
     client.close()
     assert client.loss is not None
+
+
+def test_a_client_that_never_waits_sees_the_end_of_the_server(server: RequestServer, connect: Connect) -> None:
+    client = connect()
+    client_id = meet(server, client)
+    server.send(client_id, [b"last words"])
+    server.close()
+    got, deadline_s = [], time.monotonic() + WAIT_S
+    while client.loss is None:
+        got.append(client.receive(0.0))
+        assert time.monotonic() < deadline_s
+    got += [client.receive(0.0), client.receive(0.0)]
+    assert [message for message in got if message is not None] == [b"last words"]
+    assert "has closed the connection" in client.loss
+
+
+def test_the_descriptors_of_a_client_signal_messages_and_the_end_of_the_server(
+    server: RequestServer, connect: Connect
+) -> None:
+    client = connect()
+    client_id = meet(server, client)
+    poller = select.poll()
+    for fd in client.filenos():
+        poller.register(fd, select.POLLIN)
+
+    def wait() -> bytes | None:
+        # A signal may be of the connection's own making, with nothing to receive after it.
+        deadline_s = time.monotonic() + WAIT_S
+        while (message := client.receive(0.0)) is None and client.loss is None:
+            assert poller.poll((deadline_s - time.monotonic()) * 1000)
+        return message
+
+    with later(0.05, server.send, client_id, [b"one"]):
+        assert wait() == b"one"
+    with later(0.05, server.close):
+        assert wait() is None
+    assert client.loss is not None

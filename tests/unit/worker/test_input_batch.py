@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tprt.messages import StepInput
+from tprt.sharding import Range
 from tprt.worker.input_batch import InputBuilder
 
 BLOCK = 4
@@ -49,7 +50,7 @@ def step_input(
 
 @pytest.fixture
 def builder() -> InputBuilder:
-    return InputBuilder(BLOCK, 8, torch.device("cpu"))
+    return InputBuilder(BLOCK, 8, torch.device("cpu"), Range(0, 50))
 
 
 def test_decodes_have_block_tables_and_context_lens_and_no_cu_seqlens(builder: InputBuilder) -> None:

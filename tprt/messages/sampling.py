@@ -1,0 +1,107 @@
+"""What a request says of how its tokens are chosen. Knows nothing of how that is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tprt.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+# Compilers take longer than in proportion; a schema of OpenAI's has 120,000 at most.
+MAX_GRAMMAR_CHARS = 131_072
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output must be a sentence of.
+
+    Attributes:
+        kind: the language of `source`.
+        source: a JSON schema, a regular expression, or a grammar in llguidance's variant of Lark; of
+            `MAX_GRAMMAR_CHARS` at most.
+
+    Raises:
+        InvalidRequestError: there is no such kind, or the source is too long.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_schema", "regex", "lark"):
+            raise InvalidRequestError(f"a grammar of kind {self.kind!r}; expected json_schema, regex or lark")
+        if len(self.source) > MAX_GRAMMAR_CHARS:
+            raise InvalidRequestError(
+                f"a grammar of {len(self.source)} characters; expected {MAX_GRAMMAR_CHARS} at most"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when they end.
+
+    Attributes:
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this.
+        min_p: drop tokens less likely than this share of the most likely one.
+        seed: noise is a function of (seed, position); None draws a seed for the request.
+        max_tokens: most tokens to generate.
+        ignore_eos: go on past the end-of-sequence tokens of the model.
+        stop: strings that end the output; they are not part of it.
+        stop_token_ids: further token ids that end the output.
+        logprobs: number of most likely tokens to report with each token, besides the chosen one; None: none.
+        presence_penalty, frequency_penalty: taken off the logit of each token of the output, once and for each
+            time it is there (OpenAI's definition).
+        repetition_penalty: divides the positive and multiplies the negative logits of the tokens of prompt and
+            output (Keskar et al. 2019, arXiv:1909.05858); 1 leaves them.
+        logit_bias: (token id, what is added to its logit).
+        min_tokens: end-of-sequence tokens and `stop_token_ids` are not chosen before so many tokens.
+        grammar: the output is a sentence of it.
+
+    Raises:
+        InvalidRequestError: a value is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        self._check("temperature", self.temperature, 0.0 <= self.temperature < 1e4, "from 0 to 10000")
+        self._check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all tokens) or more")
+        self._check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1")
+        self._check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "from 0 to 1")
+        self._check("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
+        self._check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
+        logprobs_ok = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
+        self._check("logprobs", self.logprobs, logprobs_ok, f"from 0 to {MAX_LOGPROBS}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            self._check(name, value, -2.0 <= value <= 2.0, "from -2 to 2")
+        repetition_ok = 0.0 < self.repetition_penalty <= 10.0
+        self._check("repetition_penalty", self.repetition_penalty, repetition_ok, "above 0, at most 10")
+        biases_ok = all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias)
+        self._check("logit_bias", self.logit_bias, biases_ok, "biases from -100 to 100")
+        min_ok = 0 <= self.min_tokens <= self.max_tokens
+        self._check("min_tokens", self.min_tokens, min_ok, f"from 0 to max_tokens, which is {self.max_tokens}")
+        self._check("stop", self.stop, all(self.stop), "strings that are not empty")
+
+    @staticmethod
+    def _check(name: str, value: object, ok: bool, expected: str) -> None:
+        if not ok:
+            raise InvalidRequestError(f"sampling parameter {name} is {value!r}; expected {expected}")
