@@ -15,6 +15,8 @@ from tprt.log import get_logger
 
 EPOCH = "TPRT_EPOCH"
 SUPERVISOR_FD = "TPRT_SUPERVISOR_FD"
+LISTENER_FD = "TPRT_LISTENER_FD"
+API_KEYS = "TPRT_API_KEYS"
 
 
 def run_child(

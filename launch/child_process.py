@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.child_log import ChildLog, LogTee
@@ -23,11 +23,19 @@ _REAP_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """A process to start: its name in messages, the module it runs, and what it finds in its environment."""
+    """A process to start: its name in messages, the module it runs, what it finds and what it inherits.
+
+    Attributes:
+        name: "coordinator", "rank 0", "server".
+        module: run with `python -m`.
+        env: what is in its environment besides that of this process.
+        pass_fds: descriptors that it inherits, under the same numbers.
+    """
 
     name: str
     module: str
     env: Mapping[str, str]
+    pass_fds: tuple[int, ...] = ()
 
 
 class ChildProcess:
@@ -41,8 +49,8 @@ class ChildProcess:
         self._process = process
 
     @classmethod
-    def start(cls, spec: ChildSpec, tee: LogTee, pass_fds: Sequence[int] = ()) -> ChildProcess:
-        """Start a child whose output goes to `tee`, and that inherits `pass_fds`.
+    def start(cls, spec: ChildSpec, tee: LogTee) -> ChildProcess:
+        """Start a child whose output goes to `tee`.
 
         Raises:
             OSError: it cannot be started or watched.
@@ -54,7 +62,7 @@ class ChildProcess:
             # This process's standard output is for results; whatever a library prints is log.
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=pass_fds,
+            pass_fds=spec.pass_fds,
             bufsize=0,
             # Ctrl-C in a terminal reaches the parent alone, which then ends its children in order.
             process_group=0,
@@ -83,16 +91,27 @@ class ChildProcess:
         """How it has ended (negative: by that signal), or None while it runs."""
         return self._process.poll()
 
+    def ask_to_end(self) -> None:
+        """Send SIGTERM; does not wait."""
+        self._send(signal.SIGTERM)
+
     def kill(self) -> None:
         """End it at once; does not wait."""
+        self._send(signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its end, `timeout_s` at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
+    def _send(self, number: signal.Signals) -> None:
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
+                self._process.send_signal(number)
 
     def release(self) -> None:
         """Wait for its end, take in its last words and let go of its descriptors; idempotent."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_REAP_S)
+        self.wait(_REAP_S)
         self.log.read()
         self.log.close()
         if self.pidfd >= 0:

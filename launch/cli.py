@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from launch import bench_command, config_command
+from launch.chat_command import chat
 from launch.failure import INPUT_ERRORS
 from launch.generate_command import generate
 from launch.plan_command import plan
+from launch.serve_command import serve
 from launch.status_command import status
 from tprt.errors import TprtError
 
@@ -26,7 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(serve)
 app.command()(generate)
+app.command()(chat)
 app.command()(plan)
 app.command()(status)
 app.add_typer(config_command.app, name="config")

@@ -6,10 +6,12 @@ no start-up.
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
-from launch.child import EPOCH
+from launch.child import API_KEYS, EPOCH, LISTENER_FD
 from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
@@ -17,6 +19,7 @@ from launch.parent_death import RUN_DIR
 from launch.program_end import ProgramEnd
 from launch.rank_weights import resolve_rank_weights
 from launch.run_dir import RunDir, newest_heartbeats, request_address, write_config
+from launch.server_record import read_server
 from launch.supervisor import Supervisor
 from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
@@ -34,6 +37,8 @@ _LOOK_S = 0.1
 _CAUSE_S = 2.0
 # The coordinator gives up first, since it can name the ranks that are late.
 _STARTUP_GRACE_S = 5.0
+# The server ends what has not finished in time, and then itself.
+_DRAIN_GRACE_S = 5.0
 
 
 class Deployment:
@@ -54,21 +59,64 @@ class Deployment:
         self.ready: EngineReady | None = None
         self._pulse: CoordinatorPulse | None = None
         self._run_dir = RunDir.create()
-        self._supervisor = Supervisor(self._run_dir.path)
+        self._supervisor = Supervisor(self._run_dir.path, config.supervision)
         self._program_end = ProgramEnd(self.kill)
         self._program_end.guard()
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by name: `coordinator`, `rank 0`, ..."""
+        """Process ids by name: `coordinator`, `server`, `rank 0`, ..."""
         return self._supervisor.pids
 
-    def start(self) -> None:
-        """Start the coordinator and every rank; returns at once."""
+    def start(self, listener: socket.socket | None = None, api_keys: Sequence[str] = ()) -> None:
+        """Start the coordinator, every rank, and a server where there is a `listener`; returns at once.
+
+        Args:
+            listener: the socket that the server serves; stays the caller's, who keeps it open.
+            api_keys: any of them opens the server.
+        """
         write_config(self._run_dir.path, self.config)
         env = {RUN_DIR: str(self._run_dir.path)}
-        self._supervisor.start(ChildSpec("coordinator", "launch.coordinator_entry", env), self._make_ranks)
+        coordinator = ChildSpec("coordinator", "launch.coordinator_entry", env)
+        server = None if listener is None else self._make_server(listener.fileno(), api_keys)
+        self._supervisor.start(coordinator, self._make_ranks, server)
         self._pulse = CoordinatorPulse(self.pids["coordinator"], self.config.supervision)
+
+    def _make_server(self, fd: int, api_keys: Sequence[str]) -> ChildSpec:
+        env = {RUN_DIR: str(self._run_dir.path), LISTENER_FD: str(fd), API_KEYS: " ".join(api_keys)}
+        return ChildSpec("server", "launch.server_entry", env, (fd,))
+
+    def wait_for_server(self, client: EngineClient) -> None:
+        """Wait until the server serves as well, once the ranks are ready.
+
+        Raises:
+            EngineDeadError: a process failed, or it takes longer than `supervision.startup_timeout_s`.
+        """
+        timeout_s = self.config.supervision.startup_timeout_s
+        deadline_s = time.monotonic() + timeout_s
+        while (record := read_server(self._run_dir.path)) is None or not record.is_ready:
+            self.poll(client)
+            if time.monotonic() > deadline_s:
+                raise EngineDeadError(
+                    f"server (pid {self.pids['server']}) did not serve within {timeout_s:g} s after the ranks"
+                    " were ready (supervision.startup_timeout_s)"
+                )
+
+    def drain_server(self, client: EngineClient) -> None:
+        """Let the server finish what it serves and end, and wait for that; ranks may be replaced meanwhile.
+
+        Raises:
+            EngineDeadError: a process failed, or the server has not ended as it should.
+        """
+        server, timeout_s = self._supervisor.server, self.config.server.drain_timeout_s + _DRAIN_GRACE_S
+        assert server is not None
+        server.ask_to_end()
+        deadline_s = time.monotonic() + timeout_s
+        while not server.has_ended:
+            self.poll(client)
+            if time.monotonic() > deadline_s:
+                raise EngineDeadError(f"server (pid {self.pids['server']}) has not drained in {timeout_s:g} s")
+        server.raise_if_cut_short()
 
     def _make_ranks(self, epoch: int) -> list[ChildSpec]:
         """Return the rank processes of `epoch`."""

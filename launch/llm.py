@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from launch.checkpoint_tokenizer import open_tokenizer
 from launch.config_file import load_config
 from launch.deployment import Deployment
 from launch.program_end import PutOffEnd
@@ -66,7 +67,7 @@ class LLM:
         if not isinstance(config, Config):
             config = load_config(str(config), overrides)
         self.config = config
-        self.tokenizer = _tokenizer(config.model.path)
+        self.tokenizer = open_tokenizer(config.model.path)
         self._deployment = Deployment(config)
         self._client: EngineClient | None = None
         try:
@@ -193,10 +194,6 @@ class LLM:
                 f"{self.config.model.path} has no tokenizer.json; give prompts as token ids"
             )
         return self.tokenizer
-
-
-def _tokenizer(folder: str) -> Tokenizer | None:
-    return Tokenizer(folder) if (Path(folder) / "tokenizer.json").is_file() else None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

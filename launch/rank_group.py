@@ -105,12 +105,17 @@ def crash_stack(run_dir: Path, child: ChildProcess) -> str:
         return ""
 
 
-def start_child(
-    children: list[ChildProcess], spec: ChildSpec, tee: LogTee, pass_fds: Sequence[int] = ()
-) -> str | None:
+def death_of(run_dir: Path, child: ChildProcess) -> Death:
+    """Return what there is to say of the end of a child that is no rank."""
+    record = read_failure(run_dir, child.name)
+    log, stack = tuple(child.log.last_lines()), crash_stack(run_dir, child)
+    return Death(child.name, child.pid, child.exit_code, record, log=log, stack=stack)
+
+
+def start_child(children: list[ChildProcess], spec: ChildSpec, tee: LogTee) -> str | None:
     """Add a new child to `children`; return None, or why it could not be started."""
     try:
-        children.append(ChildProcess.start(spec, tee, pass_fds))
+        children.append(ChildProcess.start(spec, tee))
     except OSError as error:
         return f"{spec.name} could not be started with {sys.executable}: {error}"
     return None

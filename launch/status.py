@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from launch.run_dir import living_run_dirs, newest_heartbeats, read_config
+from launch.server_record import ServerRecord, read_server
 from tprt.config import SupervisionConfig
 from tprt.coordinator.stall import is_stalled
 from tprt.errors import TransportError
@@ -53,6 +54,8 @@ class Signs:
         states: the state letter of each rank's process.
         record: what the coordinator has written, if it has.
         coordinator_state: the state letter of its process; "" without a record.
+        server: where the HTTP server listens, if there is one.
+        server_state: the state letter of its process; "" without a server.
     """
 
     now_ns: int
@@ -60,6 +63,8 @@ class Signs:
     states: Sequence[str] = ()
     record: CoordinatorRecord | None = None
     coordinator_state: str = ""
+    server: ServerRecord | None = None
+    server_state: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,8 @@ def judge(signs: Signs, stall_timeout_s: float) -> tuple[Verdict, str]:
         return Verdict.STALLED, broken
     if not signs.beats or not _is_ready(signs):
         return Verdict.STARTING, "the ranks are not ready"
+    if signs.server is not None and not signs.server.is_ready:
+        return Verdict.STARTING, "the server is not ready"
     record = signs.record
     if not _has_work(signs):
         return Verdict.HEALTHY, "nothing to do"
@@ -129,8 +136,10 @@ def _read_settings(run_dir: Path) -> tuple[str, float]:
 
 def _read_signs(run_dir: Path) -> Signs:
     path = newest_heartbeats(run_dir)
+    server = read_server(run_dir)
+    server_state = "" if server is None else process_state(server.pid)
     if path is None:
-        return Signs(time.monotonic_ns())
+        return Signs(time.monotonic_ns(), server=server, server_state=server_state)
     reader = HeartbeatReader.open(path)
     beats = reader.read()
     reader.close()
@@ -141,6 +150,8 @@ def _read_signs(run_dir: Path) -> Signs:
         states=[process_state(beat.pid) if beat.pid else "" for beat in beats],
         record=record,
         coordinator_state="" if record is None else process_state(record.pid),
+        server=server,
+        server_state=server_state,
     )
 
 
@@ -153,6 +164,8 @@ def _broken_processes(signs: Signs) -> str:
     ]
     if signs.record is not None:
         known.insert(0, ("coordinator", signs.record.pid, signs.coordinator_state))
+    if signs.server is not None:
+        known.append(("server", signs.server.pid, signs.server_state))
     return ", ".join(
         f"{name} (pid {pid}) {state_words(state)}"
         for name, pid, state in known

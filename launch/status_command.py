@@ -54,10 +54,17 @@ def _to_json(deployment: DeploymentStatus) -> dict[str, object]:
         "verdict": deployment.verdict.value,
         "reason": deployment.reason,
         "coordinator": _coordinator_fields(signs),
+        "server": _server_fields(signs),
         "ranks": [
             _rank_fields(signs, beat, state) for beat, state in zip(signs.beats, signs.states, strict=True)
         ],
     }
+
+
+def _server_fields(signs: Signs) -> dict[str, object] | None:
+    if signs.server is None:
+        return None
+    return {"url": signs.server.url, "pid": signs.server.pid, "state": signs.server_state}
 
 
 def _coordinator_fields(signs: Signs) -> dict[str, object] | None:
@@ -96,6 +103,8 @@ def _rank_fields(signs: Signs, beat: RankBeat, state: str) -> dict[str, object]:
 
 def _print(deployment: DeploymentStatus) -> None:
     print(f"{deployment.run_dir}: {deployment.model}: {deployment.verdict} ({deployment.reason})")
+    if (server := deployment.signs.server) is not None:
+        print(f"  {server.url}; server pid {server.pid}")
     print(f"  {_coordinator_line(deployment.signs)}")
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in _HEADINGS:

@@ -2,9 +2,10 @@
 
 Children are watched by pidfds from the moment they are started. When a rank dies, the others of its epoch are
 killed from outside, since a rank that waits in a collective cannot be asked; the coordinator is told of what,
-and may ask for the ranks of a next epoch. The death of the coordinator, or of a rank before all ranks were
-ready for the first time, ends the whole deployment. The thread that starts the children lives as long as they
-do, because their parent-death signal is tied to it. Knows nothing of models and requests.
+and may ask for the ranks of a next epoch. A server that dies is started again. The death of the coordinator, or
+of any child before all ranks were ready for the first time, ends the whole deployment. The thread that starts
+the children lives as long as they do, because their parent-death signal is tied to it. Knows nothing of models
+and requests.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from pathlib import Path
 from launch.child import SUPERVISOR_FD
 from launch.child_log import STDERR, LogTee
 from launch.child_process import ChildProcess, ChildSpec
-from launch.failure import Death, cause_of, read_failure
+from launch.failure import cause_of
 from launch.group_lane import GroupLane
-from launch.rank_group import RankGroup, crash_stack, start_child
+from launch.rank_group import RankGroup, death_of, start_child
+from launch.server_child import ServerChild
+from tprt.config import SupervisionConfig
 from tprt.coordinator.cause import Cause, CauseKind, first_cause
 from tprt.errors import EngineDeadError
 from tprt.log import get_logger
@@ -39,14 +42,20 @@ _LOG = get_logger(__name__)
 
 
 class Supervisor:
-    """The children of one deployment."""
+    """The children of one deployment.
 
-    def __init__(self, run_dir: Path) -> None:
+    Attributes:
+        server: the one that serves HTTP, if there is one.
+    """
+
+    def __init__(self, run_dir: Path, supervision: SupervisionConfig) -> None:
         self._run_dir = run_dir
+        self._supervision = supervision
         self._tee = LogTee()
         self._lane: GroupLane
         self._make_ranks: Callable[[int], Sequence[ChildSpec]]
         self._coordinator: list[ChildProcess] = []
+        self.server: ServerChild | None = None
         self._group: RankGroup | None = None
         self._last_end: GroupEnded | None = None
         self._was_ready = False
@@ -66,12 +75,18 @@ class Supervisor:
         """Process ids by name, those of the newest epoch for ranks."""
         return dict(self._pids)
 
-    def start(self, coordinator: ChildSpec, make_ranks: Callable[[int], Sequence[ChildSpec]]) -> None:
-        """Start the coordinator and the ranks of the first epoch, and begin to watch them.
+    def start(
+        self,
+        coordinator: ChildSpec,
+        make_ranks: Callable[[int], Sequence[ChildSpec]],
+        server: ChildSpec | None = None,
+    ) -> None:
+        """Start the coordinator, the server and the ranks of the first epoch, and begin to watch them.
 
         Args:
             coordinator: finds the descriptor of its lane to the supervisor in `SUPERVISOR_FD`.
             make_ranks: what to start for an epoch.
+            server: what serves HTTP, if anything does.
 
         Raises:
             EngineDeadError: one could not be started; says which and why.
@@ -79,6 +94,8 @@ class Supervisor:
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._lane = GroupLane()
         self._make_ranks = make_ranks
+        if server is not None:
+            self.server = ServerChild(self._run_dir, server, self._tee, self._supervision)
         self._thread = threading.Thread(
             target=self._watch, args=(coordinator,), name="tprt-supervisor", daemon=True
         )
@@ -142,18 +159,25 @@ class Supervisor:
 
     def _start_all(self, coordinator: ChildSpec) -> str | None:
         fd = self._lane.coordinators_fd
-        spec = replace(coordinator, env={**coordinator.env, SUPERVISOR_FD: str(fd)})
-        return start_child(self._coordinator, spec, self._tee, [fd]) or self._start_group(_FIRST_EPOCH)
+        spec = replace(coordinator, env={**coordinator.env, SUPERVISOR_FD: str(fd)}, pass_fds=(fd,))
+        failure = start_child(self._coordinator, spec, self._tee)
+        if failure is None and self.server is not None:
+            failure = self.server.start()
+        return failure or self._start_group(_FIRST_EPOCH)
 
     def _start_group(self, epoch: int) -> str | None:
         """Start the ranks of `epoch`; return why that failed, if it did."""
         self._group = RankGroup(self._run_dir, epoch, self._make_ranks(epoch), self._tee)
         failure = self._group.start()
-        self._pids = {child.name: child.pid for child in self._children()}
+        self._note_pids()
         return failure
 
+    def _note_pids(self) -> None:
+        self._pids = {child.name: child.pid for child in self._children()}
+
     def _children(self) -> list[ChildProcess]:
-        return [*self._coordinator, *(self._group.children if self._group else ())]
+        server = self.server.children if self.server else ()
+        return [*self._coordinator, *server, *(self._group.children if self._group else ())]
 
     def _may_go_on(self) -> bool:
         return (
@@ -163,9 +187,11 @@ class Supervisor:
     def _wait(self) -> set[int]:
         """Return the descriptors that have something, once one has."""
         poller = select.poll()
-        ended = [child for child in self._children() if self._stop_asked and child.exit_code is not None]
-        pidfds = [child.pidfd for child in self._children() if child not in ended]
-        logs = [child.log.fileno() for child in self._children()]
+        children = self._children()
+        drained = self.server.children if self.server is not None and self.server.has_ended else []
+        may_end = children if self._stop_asked else drained
+        pidfds = [child.pidfd for child in children if child not in may_end or child.exit_code is None]
+        logs = [child.log.fileno() for child in children]
         for fd in (self._stop_fd, self._lane.fileno(), *pidfds, *logs):
             if fd >= 0:
                 poller.register(fd, select.POLLIN)
@@ -212,19 +238,27 @@ class Supervisor:
         for request in self._lane.requests():
             self._take_request(request)
         (coordinator,) = self._coordinator
+        causes = [cause_of(death) for death in (self._group.deaths() if self._group else ())]
+        server_cause = self.server.death() if self.server else None
         if coordinator.exit_code is not None:
-            deaths = [self._death_of(coordinator), *(self._group.deaths() if self._group else ())]
-            self._failure = first_cause([cause_of(death) for death in deaths]).text
-        elif self._group is not None and (deaths := self._group.deaths()):
-            if self._was_ready:
+            causes.insert(0, cause_of(death_of(self._run_dir, coordinator)))
+        elif self._was_ready:
+            if causes:
                 self._end_group("")
-            else:
-                self._failure = first_cause([cause_of(death) for death in deaths]).text
+            if server_cause is not None:
+                self._replace_server(server_cause)
+            return
+        if server_cause is not None:
+            causes.append(server_cause)
+        if causes:
+            self._failure = first_cause(causes).text
 
-    def _death_of(self, child: ChildProcess) -> Death:
-        record = read_failure(self._run_dir, child.name)
-        log, stack = tuple(child.log.last_lines()), crash_stack(self._run_dir, child)
-        return Death(child.name, child.pid, child.exit_code, record, log=log, stack=stack)
+    def _replace_server(self, cause: Cause) -> None:
+        assert self.server is not None
+        failure = self.server.replace(cause)
+        self._note_pids()
+        if failure is not None:
+            self._failure = failure.text
 
     def _end_group(self, noticed: str) -> None:
         """Kill the ranks of this epoch and tell the coordinator the first cause, or what it has noticed."""
@@ -246,8 +280,11 @@ class Supervisor:
             _LOG.error("the deployment has ended: %s", self._failure)
 
     def _end_all(self) -> None:
-        for child in self._children():
+        # The server last: it is by the end of the others that it knows what to tell its clients.
+        for child in [*self._coordinator, *(self._group.children if self._group else ())]:
             child.kill()
+        if self.server is not None:
+            self.server.end(has_last_words=self._failure is not None)
         if self._group is not None:
             self._group.end()
         for child in self._coordinator:

@@ -112,14 +112,40 @@ class RuntimeConfig(_Section):
 
 
 class ServerConfig(_Section):
-    """Where the HTTP server listens; so far there is none."""
+    """Where the HTTP server of `tprt serve` listens, who may ask, and how much."""
 
     host: str = "127.0.0.1"
-    """Address to bind."""
+    """Address to bind; one that others can reach needs an API key, or allow_anonymous."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
     drain_timeout_s: PositiveFloat = 30.0
     """Longest time that running requests have to finish after SIGTERM; what has not finished then is ended."""
+    served_model_name: str | None = None
+    """Name that requests give as `model`; none: the last part of model.path."""
+    api_key_file: str | None = None
+    """File with API keys, one a line; any of them opens the server, and so does $TPRT_API_KEY."""
+    allow_anonymous: bool = False
+    """Serve without API keys on an address that others can reach."""
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages of these origins may ask (CORS); "*": of all; none: only the server's own page."""
+    ssl_certfile: str | None = None
+    """PEM file of the certificate, with those between it and the root; then the server speaks HTTPS only."""
+    ssl_keyfile: str | None = None
+    """PEM file of the certificate's private key; none: it is in ssl_certfile."""
+    max_queued_requests: Annotated[int, Field(ge=0)] = 1024
+    """Requests beyond scheduler.max_num_seqs that may wait for a place; more are refused with status 429."""
+    request_timeout_s: PositiveFloat | None = None
+    """A request ends at this age with what it has, or with status 429 if that is nothing; none: never."""
+    max_body_bytes: PositiveInt = 16 * 1024 * 1024
+    """Largest request body; a larger one is refused with status 413."""
+    log_requests: bool = True
+    """One log line for each request, without its text."""
+
+    @model_validator(mode="after")
+    def _key_has_a_certificate(self) -> ServerConfig:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile is given without ssl_certfile; give both, or neither")
+        return self
 
 
 class SupervisionConfig(_Section):
@@ -162,7 +188,7 @@ class Config(_Section):
     runtime: RuntimeConfig = RuntimeConfig()
     """What the workers compute with."""
     server: ServerConfig = ServerConfig()
-    """Where the HTTP server listens; so far there is none."""
+    """Where the HTTP server of `tprt serve` listens, who may ask, and how much."""
     supervision: SupervisionConfig = SupervisionConfig()
     """Deadlines, in seconds (nothing waits without one), and what happens when ranks fail."""
     logging: LoggingConfig = LoggingConfig()

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tprt.messages import FinishReason, SamplingParams
-from tprt.server.tokenizer import TextStream, Tokenizer
+from tprt.server.stop_strings import StopStrings
+from tprt.server.text_streams import TextStream
+from tprt.server.tokenizer import Tokenizer
 
 FinishName = Literal["stop", "length", "abort"]
 FINISH_NAMES: dict[FinishReason, FinishName] = {
@@ -37,55 +39,82 @@ class Completion:
         prompt_token_ids: what was sent.
         sampling: how it is generated.
         token_ids: tokens so far, end-of-sequence token included.
-        text: their text so far, special tokens and the stop string left out; empty without a tokenizer.
         finish_reason: None while it runs.
+        stop_reason: the stop string that ended it, if one did.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         logprobs: one entry per token when asked for.
+        error: why it was refused, if it was.
     """
 
     prompt_token_ids: list[int]
     sampling: SamplingParams
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
     finish_reason: FinishName | None = None
+    stop_reason: str | None = None
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
     _stream: TextStream | None = None
+    _stops: StopStrings | None = None
+    _released: list[str] = field(default_factory=list)
+    _num_taken: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampling.stop:
+            self._stops = StopStrings(self.sampling.stop)
 
     @property
     def finished(self) -> bool:
         """True once no more tokens come, for whatever reason."""
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def text(self) -> str:
+        """The text so far, without special tokens and the stop string; empty without a tokenizer.
+
+        Put together anew each time; `take_text` is for those who want it as it grows.
+        """
+        return "".join(self._released) + (self._stops.held if self._stops is not None else "")
+
+    def take_text(self) -> str:
+        """Return the text that was released since the last call.
+
+        What may be the beginning of a stop string is held back until it is known not to be, or the end.
+        """
+        if self.error is not None:
+            self._release()
+        taken, self._num_taken = self._num_taken, len(self._released)
+        return "".join(self._released[taken:])
+
     def append(self, token_id: int, tokenizer: Tokenizer | None) -> None:
         """Take the next token; ends the completion when its text completes a stop string."""
         self.token_ids.append(token_id)
-        if tokenizer is None:
+        if tokenizer is None or token_id in self.sampling.stop_token_ids:
             return
         if self._stream is None:
             self._stream = tokenizer.decode_stream()
-        piece = self._stream.step(token_id)
-        searched_from = len(self.text)
-        self.text += piece
-        if piece and self.sampling.stop:
-            self._cut_at_stop(searched_from)
+        self._take(self._stream.step(token_id))
 
     def finish(self, reason: FinishReason, tokenizer: Tokenizer | None) -> None:
-        """End the completion; text that waited for the rest of a character is given as it is."""
+        """End the completion; a character that was cut short is given as it is."""
         if self.finished or reason == FinishReason.NONE:
             return
-        if tokenizer is not None:
-            rest = tokenizer.decode(self.token_ids)
-            if rest.startswith(self.text):
-                self.text = rest
-        self.finish_reason = FINISH_NAMES[reason]
+        if self._stream is not None:
+            self._take(self._stream.finish())
+        if self.finish_reason is None:
+            self._release()
+            self.finish_reason = FINISH_NAMES[reason]
 
-    def _cut_at_stop(self, searched_from: int) -> None:
-        """Find the first stop string that ends in the newest text."""
-        longest = max(map(len, self.sampling.stop))
-        window = max(0, searched_from - longest + 1)
-        found = [at for stop in self.sampling.stop if (at := self.text.find(stop, window)) >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self.finish_reason = "stop"
+    def _take(self, piece: str) -> None:
+        """Look for stop strings in the next piece of text, and release what is before them."""
+        if self._stops is not None:
+            piece = self._stops.feed(piece)
+            if self._stops.found is not None:
+                self.stop_reason = self._stops.found
+                self.finish_reason = "stop"
+        if piece:
+            self._released.append(piece)
+
+    def _release(self) -> None:
+        if self._stops is not None and (held := self._stops.release()):
+            self._released.append(held)

@@ -6,7 +6,7 @@ One client serves one thread. Knows nothing of HTTP and of how the coordinator w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,9 @@ from tprt.messages import (
     AddRequest,
     EngineFailed,
     EngineReady,
+    EngineStats,
     FinishReason,
+    GetStats,
     Hello,
     Message,
     RequestFailed,
@@ -43,12 +45,32 @@ class RequestLane(Protocol):
     def close(self, flush: bool = True) -> None: ...
 
 
-class EngineClient:
-    """Requests in flight over one lane, by the ids that this client gave them."""
+def _ignore(request_id: int) -> None:
+    """Take no note of news."""
 
-    def __init__(self, lane: RequestLane, tokenizer: Tokenizer | None) -> None:
+
+class EngineClient:
+    """Requests in flight over one lane, by the ids that this client gave them.
+
+    Attributes:
+        stats: what the engine has answered last to `ask_for_stats`.
+    """
+
+    def __init__(
+        self, lane: RequestLane, tokenizer: Tokenizer | None, on_news: Callable[[int], None] = _ignore
+    ) -> None:
+        """Assign only.
+
+        Args:
+            lane: the connection to the coordinator.
+            tokenizer: turns tokens into text; None where the checkpoint has none.
+            on_news: called by `poll` for each token, end or refusal, with the request's id; its completion has
+                been brought up to date.
+        """
+        self.stats: EngineStats | None = None
         self._lane = lane
         self._tokenizer = tokenizer
+        self._on_news = on_news
         self._ids = itertools.count()
         self._running: dict[int, Completion] = {}
 
@@ -60,6 +82,10 @@ class EngineClient:
     def hello(self) -> None:
         """Ask to be told when the engine is ready."""
         self._send(Hello())
+
+    def ask_for_stats(self) -> None:
+        """Ask the engine how it does; `poll` brings `stats`."""
+        self._send(GetStats())
 
     def add(self, prompt_token_ids: list[int], sampling: SamplingParams) -> tuple[int, Completion]:
         """Send a request; `poll` brings its tokens.
@@ -120,10 +146,13 @@ class EngineClient:
             completion = self._running.pop(message.request_id, None)
             if completion is not None:
                 completion.error = message.message
+                self._on_news(message.request_id)
         elif isinstance(message, EngineFailed):
             raise EngineDeadError(message.message)
         elif isinstance(message, RequestOutput):
             self._take_rows(message)
+        elif isinstance(message, EngineStats):
+            self.stats = message
         else:
             raise EngineDeadError(f"the coordinator sent {type(message).__name__}, which no client expects")
 
@@ -142,6 +171,7 @@ class EngineClient:
                 completion.append(token_id, self._tokenizer)
             if reason != _NOT_FINISHED or completion.finished:
                 self._end(request_id, completion, FinishReason(reason))
+            self._on_news(request_id)
 
     def _end(self, request_id: int, completion: Completion, reason: FinishReason) -> None:
         """End a request that the engine has finished, or that has found a stop string and must tell it."""

@@ -7,19 +7,25 @@ reach torch. Knows nothing of requests.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 
 from tprt.errors import CheckpointError, InvalidRequestError
+from tprt.server.chat_template import Message, read_chat_template
+from tprt.server.detokenizer import Detokenizer
+from tprt.server.text_streams import TextStream
+from tprt.server.tool_calls import CLOSE_TAG, OPEN_TAG, ToolCallStyle
+from tprt.server.tool_grammar import ToolTags
 
-Message = Mapping[str, Any]
+# The library holds ids in 32 bits.
+_MAX_ID = 2**32
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+
+__all__ = ["Message", "Tokenizer"]
 
 
 class Tokenizer:
@@ -40,67 +46,74 @@ class Tokenizer:
             self._tokenizer = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        self._settings = _read_settings(Path(folder) / "tokenizer_config.json")
-        self._template = _chat_template(Path(folder), self._settings)
+        self._detokenizer = Detokenizer(self._tokenizer)
+        settings = _read_settings(Path(folder) / "tokenizer_config.json")
+        self._template = read_chat_template(Path(folder), settings)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`."""
+        """Return the token ids of `text`; halves of surrogate pairs, which JSON can hold, count as U+FFFD."""
+        text = _LONE_SURROGATES.sub("\ufffd", text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of `token_ids`, special tokens left out."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        """Return the text of `token_ids`, special tokens and ids that the tokenizer does not have left out."""
+        known = [token_id for token_id in token_ids if 0 <= token_id < _MAX_ID]
+        text: str = self._tokenizer.decode(known, skip_special_tokens=True)
         return text
 
     def decode_stream(self) -> TextStream:
         """Return a stream that turns one token after another into text."""
-        return TextStream(self._tokenizer)
+        return self._detokenizer.stream()
 
-    def encode_chat(self, messages: Sequence[Message], **template_arguments: object) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **template_arguments: object,
+    ) -> list[int]:
         """Render `messages` (`role`, `content`) with the chat template, ready for the assistant's answer.
+
+        Args:
+            messages: as OpenAI's API has them, those with `tool_calls` and those of role `tool` among them.
+            tools: OpenAI's tool objects; they are the template's to describe.
+            template_arguments: further variables of the template, as `enable_thinking`;
+                `add_generation_prompt=False` leaves the beginning of the answer away.
 
         Raises:
             InvalidRequestError: the checkpoint has no chat template, or the template refuses the messages.
         """
         if self._template is None:
             raise InvalidRequestError("this checkpoint has no chat template; send a plain prompt instead")
-        try:
-            text = (
-                self._environment()
-                .from_string(self._template)
-                .render(
-                    messages=messages,
-                    add_generation_prompt=True,
-                    **_special_tokens(self._settings),
-                    **template_arguments,
-                )
-            )
-        except TemplateError as error:
-            raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
+        text = self._template.render(messages, tools, template_arguments)
         return self.encode(text, add_special_tokens=False)
 
-    def _environment(self) -> ImmutableSandboxedEnvironment:
-        """Set jinja up as chat templates expect it (Hugging Face, "Chat templates")."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
-        return environment
+    @property
+    def has_chat_template(self) -> bool:
+        """Tell whether `encode_chat` is possible."""
+        return self._template is not None
 
+    @property
+    def tool_call_style(self) -> ToolCallStyle | None:
+        """How this model writes tool calls; None where its template has none, or in a style not known here."""
+        return None if self._template is None else self._template.tool_call_style
 
-class TextStream:
-    """Turns token ids into text as they come; a character cut over two tokens waits for the second."""
+    @property
+    def tool_tags(self) -> ToolTags:
+        """Whether the tags of tool calls in the style of Hermes are tokens of their own."""
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        return "tokens" if {OPEN_TAG, CLOSE_TAG} <= added else "text"
 
-    def __init__(self, tokenizer: FastTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the exact bytes of one token after other text; those of its name if it is special.
 
-    def step(self, token_id: int) -> str:
-        """Return the text that `token_id` completes, often one word, sometimes none."""
-        return self._stream.step(self._tokenizer, token_id) or ""
+        An id that the tokenizer does not have gives none.
+        """
+        return self._detokenizer.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token; bytes that alone are no character become U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -111,34 +124,3 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return `bos_token` and its like as text; a settings file holds text or an object with `content`."""
-    tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = settings.get(name)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Dump without escaping HTML, which jinja's own filter does."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)

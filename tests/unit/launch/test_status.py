@@ -15,6 +15,7 @@ import typer
 
 from launch import cli, status_command
 from launch.run_dir import RunDir, heartbeats_path, living_run_dirs, newest_heartbeats, write_config
+from launch.server_record import ServerRecord, write_server
 from launch.status import DeploymentStatus, Signs, Verdict, judge, look_at
 from tprt.config import Config, ModelConfig
 from tprt.transport.coordinator_beat import CoordinatorBeat, CoordinatorRecord
@@ -124,6 +125,47 @@ def test_a_deployment_is_read_from_its_files(run_dir: Path) -> None:
     assert (starting.model, starting.verdict, busy.verdict) == ("models/mine", Verdict.STARTING, Verdict.BUSY)
     for writer in (*beats, coordinator):
         writer.close()
+
+
+def test_a_server_must_be_there_and_ready_as_well(run_dir: Path) -> None:
+    path = heartbeats_path(run_dir, 0)
+    create_heartbeats(path, 1)
+    rank, coordinator = HeartbeatWriter.open(path, 0), CoordinatorBeat.open(path, epoch=0)
+    coordinator.begin_serving()
+
+    def verdict_with(record: ServerRecord) -> tuple[Verdict, str]:
+        write_server(run_dir, record)
+        found = look_at(run_dir)
+        assert found is not None
+        assert found.signs.server == record
+        return found.verdict, found.reason
+
+    url, pid = "http://127.0.0.1:4711", os.getpid()
+    assert verdict_with(ServerRecord(url=url, pid=pid, is_ready=False)) == (
+        Verdict.STARTING,
+        "the server is not ready",
+    )
+    assert verdict_with(ServerRecord(url=url, pid=pid, is_ready=True))[0] is Verdict.HEALTHY
+    # Larger than any pid that the kernel gives.
+    gone = verdict_with(ServerRecord(url=url, pid=2**22 + 1, is_ready=True))
+    assert gone == (Verdict.STALLED, f"server (pid {2**22 + 1}) is gone")
+    for writer in (rank, coordinator):
+        writer.close()
+
+
+def test_the_address_of_a_server_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = deployment(Verdict.HEALTHY)
+    record = ServerRecord(url="http://127.0.0.1:4711", pid=7, is_ready=True)
+    with_server = replace(without, signs=replace(without.signs, server=record, server_state="S"))
+    monkeypatch.setattr(status_command, "find_deployments", lambda: [without, with_server])
+    status_command.status(True)
+    status_command.status(False)
+    first, second, *table = capsys.readouterr().out.splitlines()
+    assert json.loads(first)["server"] is None
+    assert json.loads(second)["server"] == {"url": "http://127.0.0.1:4711", "pid": 7, "state": "S"}
+    assert sum("http://127.0.0.1:4711" in line for line in table) == 1
 
 
 def test_heartbeats_that_cannot_be_read_are_a_stall_with_the_reason(run_dir: Path) -> None:

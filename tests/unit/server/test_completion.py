@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from tprt.errors import CheckpointError, InvalidRequestError
+from tprt.errors import CheckpointError
 from tprt.messages import FinishReason, SamplingParams
 from tprt.server.completion import Completion
 from tprt.server.tokenizer import Tokenizer
@@ -88,6 +88,54 @@ def test_a_stop_string_that_never_comes_changes_nothing(tokenizer: Tokenizer) ->
     assert not completion.finished
 
 
+def test_what_may_begin_a_stop_string_is_taken_only_when_it_is_known_not_to(tokenizer: Tokenizer) -> None:
+    completion = Completion([1], SamplingParams(stop=("</end>",)))
+    taken = []
+    for token_id in tokenizer.encode("a</enough</e"):
+        completion.append(token_id, tokenizer)
+        taken.append(completion.take_text())
+    assert taken == ["a", *[""] * 4, "</eno", "u", "g", "h", *[""] * 3]
+    assert completion.text == "a</enough</e"
+    completion.finish(FinishReason.LENGTH, tokenizer)
+    assert completion.take_text() == "</e"
+    assert completion.take_text() == ""
+
+
+def test_what_is_taken_ends_before_the_stop_string(tokenizer: Tokenizer) -> None:
+    completion, _ = feed(tokenizer, "one two three", stop=("two",))
+    assert completion.take_text() == completion.text == "one "
+    completion.finish(FinishReason.LENGTH, tokenizer)
+    assert completion.take_text() == ""
+    assert completion.stop_reason == "two"
+
+
+def test_an_end_by_its_tokens_gives_all_that_was_held_back(tokenizer: Tokenizer) -> None:
+    for reason in (FinishReason.LENGTH, FinishReason.ABORT, FinishReason.STOP):
+        completion, _ = feed(tokenizer, "one tw", stop=("two",))
+        assert completion.take_text() == "one "
+        completion.finish(reason, tokenizer)
+        assert completion.take_text() == "tw"
+    failed, _ = feed(tokenizer, "one tw", stop=("two",))
+    failed.error = "refused"
+    assert failed.take_text() == "one tw"
+
+
+def test_a_stop_string_can_be_complete_with_what_was_left_at_the_end(tokenizer: Tokenizer) -> None:
+    completion = Completion([1], SamplingParams(stop=("\ufffd",)))
+    for token_id in tokenizer.encode("a東")[:-1]:
+        completion.append(token_id, tokenizer)
+    completion.finish(FinishReason.LENGTH, tokenizer)
+    assert (completion.text, completion.finish_reason) == ("a", "stop")
+
+
+def test_a_stop_token_is_no_part_of_the_text(tokenizer: Tokenizer) -> None:
+    dot = tokenizer.encode(".")[0]
+    completion, _ = feed(tokenizer, "one.", stop_token_ids=(dot,))
+    completion.finish(FinishReason.STOP, tokenizer)
+    assert completion.token_ids[-1] == dot
+    assert completion.text == "one"
+
+
 def test_the_first_end_counts(tokenizer: Tokenizer) -> None:
     completion, _ = feed(tokenizer, "one two", stop=("two",))
     completion.finish(FinishReason.LENGTH, tokenizer)
@@ -109,48 +157,6 @@ def test_without_a_tokenizer_there_are_tokens_only() -> None:
     assert completion.text == ""
 
 
-class TestChat:
-    TEMPLATE = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}>{% endif %}"
-    )
-
-    def test_messages_are_rendered_with_the_template_of_the_checkpoint(self, folder: Path) -> None:
-        (folder / "chat_template.jinja").write_text(self.TEMPLATE)
-        tokenizer = Tokenizer(str(folder))
-        ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
-        assert tokenizer.decode(ids) == "[user]hi>"
-
-    def test_a_template_can_refuse_messages(self, folder: Path) -> None:
-        (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-        with pytest.raises(InvalidRequestError, match="roles must alternate"):
-            Tokenizer(str(folder)).encode_chat([{"role": "user", "content": "hi"}])
-
-    def test_a_template_cannot_reach_python(self, folder: Path) -> None:
-        (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-        with pytest.raises(InvalidRequestError, match="unsafe"):
-            Tokenizer(str(folder)).encode_chat([])
-
-    def test_a_checkpoint_without_a_template_says_so(self, tokenizer: Tokenizer) -> None:
-        with pytest.raises(InvalidRequestError, match="no chat template"):
-            tokenizer.encode_chat([{"role": "user", "content": "hi"}])
-
-    def test_the_template_of_the_demo_model_renders_as_in_transformers(self) -> None:
-        from transformers import AutoTokenizer
-
-        folder = ".models/SmolLM2-135M-Instruct"
-        chats = [
-            [{"role": "user", "content": "Hi"}],
-            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\n there"}],
-        ]
-        theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
-        for chat in chats:
-            expected = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            assert ours.encode_chat(chat) == expected
-
-
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json; give prompts as token ids"):
         Tokenizer(str(tmp_path))
@@ -160,3 +166,15 @@ def test_a_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
         Tokenizer(str(tmp_path))
+
+
+def test_half_a_surrogate_pair_and_ids_that_do_not_exist_are_no_error(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud83cb")) == "a\ufffdb"
+    assert tokenizer.decode([-1, 2**40, 10**6]) == ""
+    assert tokenizer.token_text(2**40) == ""
+
+
+def test_the_text_of_a_token_is_shown_with_what_is_half_a_character(tokenizer: Tokenizer) -> None:
+    first, *_ = tokenizer.encode("東")
+    assert tokenizer.token_bytes(first) == b"\xe6"
+    assert tokenizer.token_text(first) == "\ufffd"

@@ -14,7 +14,9 @@ from tprt.messages import (
     AddRequest,
     EngineFailed,
     EngineReady,
+    EngineStats,
     FinishReason,
+    GetStats,
     Hello,
     Message,
     RequestFailed,
@@ -154,3 +156,29 @@ def test_what_can_be_seen_to_be_wrong_is_refused_before_it_is_sent(client: Engin
             client.add(ids, GREEDY)
     assert lane.sent == []
     assert client.num_running == 0
+
+
+def test_whoever_listens_hears_of_each_token_end_and_refusal_once_the_completion_has_it(lane: Lane) -> None:
+    heard: list[tuple[int, int, str | None]] = []
+
+    def on_news(request_id: int) -> None:
+        completion = completions[request_id]
+        heard.append((request_id, len(completion.token_ids), completion.finish_reason or completion.error))
+
+    client = EngineClient(lane, None, on_news)
+    completions = [client.add([token], GREEDY)[1] for token in range(3)]
+    lane.bring(output((0, 7, NONE), (1, 8, LENGTH)))
+    lane.bring(RequestFailed(2, "no"))
+    lane.bring(output((0, -1, FinishReason.ABORT), (1, 9, NONE), (9, 9, NONE)))
+    client.poll(0.0)
+    assert heard == [(0, 1, None), (1, 1, "length"), (2, 0, "no"), (0, 1, "abort")]
+
+
+def test_stats_are_asked_for_and_kept(client: EngineClient, lane: Lane) -> None:
+    assert client.stats is None
+    client.ask_for_stats()
+    assert lane.sent == [GetStats()]
+    stats = EngineStats(1, True, 2, 3, 0.5, 6, 10, 0, 100, 50, 70, 9, 0.1)
+    lane.bring(stats)
+    assert client.poll(0.0) is None
+    assert client.stats == stats

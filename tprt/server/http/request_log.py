@@ -1,0 +1,116 @@
+"""One line for each finished request, and the id that ties it to its answer.
+
+A line tells what was asked of the server and how that went, never what a prompt, an output or a key was. Knows
+nothing of how a request is served.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tprt.log import get_logger
+
+_log = get_logger(__name__)
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_RECORD = "tprt.request"
+_QUIET = frozenset({"/health", "/ready", "/metrics", "/version", "/state"})
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the log will say of a request; whoever serves it fills it in.
+
+    Attributes:
+        request_id: also the header `x-request-id` of the answer.
+        started_s: when it came, on the monotonic clock.
+        status: of the answer; 499 when the client left before.
+        first_token_s: from the beginning to the first token; None without one.
+    """
+
+    request_id: str
+    started_s: float = field(default_factory=time.monotonic)
+    status: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    first_token_s: float | None = None
+    finish_reason: str | None = None
+
+    def on_token(self) -> None:
+        """Note the time of the first token."""
+        if self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.started_s
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """Return the record of the request that is being served."""
+    record: RequestRecord = scope[_RECORD]
+    return record
+
+
+class LogRequests:
+    """Gives every request its id and logs it when it has ended."""
+
+    def __init__(self, app: ASGIApp, enabled: bool) -> None:
+        """Assign only; `enabled`: write lines."""
+        self._app = app
+        self._enabled = enabled
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request, and write its line whatever becomes of it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(_request_id(Headers(scope=scope)))
+        scope[_RECORD] = record
+        id_header = (b"x-request-id", record.request_id.encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = record.status or message["status"]
+                message["headers"] = [*message.get("headers", ()), id_header]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            if self._enabled:
+                _write_line(scope, record)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _write_line(scope: Scope, record: RequestRecord) -> None:
+    route = scope.get("route")
+    # What was asked for is not written where there is no such route: it may hold anything.
+    endpoint = getattr(route, "path", "(no such path)")
+    level = logging.DEBUG if endpoint in _QUIET and record.status < 400 else logging.INFO
+    if not _log.isEnabledFor(level):
+        return
+    fields = _fields(scope["method"], endpoint, record)
+    text = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    _log.log(level, "request ended: %s", text, extra={"fields": fields})
+
+
+def _fields(method: str, endpoint: str, record: RequestRecord) -> dict[str, object]:
+    first = record.first_token_s
+    return {
+        "request_id": record.request_id,
+        "method": method,
+        "endpoint": endpoint,
+        "status": record.status or 500,
+        "prompt_tokens": record.num_prompt_tokens,
+        "output_tokens": record.num_output_tokens,
+        "duration_s": round(time.monotonic() - record.started_s, 4),
+        "first_token_s": None if first is None else round(first, 4),
+        "finish_reason": record.finish_reason,
+    }

@@ -1,0 +1,194 @@
+"""The sequences of one request: handed to the engine together, read together, given up together.
+
+Knows nothing of the form of an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from tprt.messages import EngineReady, SamplingParams
+from tprt.server.completion import FinishName, TokenLogprobs
+from tprt.server.http.context import ServerContext
+from tprt.server.http.errors import ApiError, not_ready
+from tprt.server.http.event_stream import Emit
+from tprt.server.http.request_log import RequestRecord
+from tprt.server.openai.sampling import for_choice
+
+if TYPE_CHECKING:
+    from tprt.server.async_engine import Delta, RequestStream
+
+
+@dataclass(frozen=True, slots=True)
+class PromptJob:
+    """A prompt, and how to go on from it."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one sequence has come to: its text, tokens, their log-probabilities, and why it ended."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishName
+
+
+class ChoiceStream(Protocol):
+    """Makes the events of one choice."""
+
+    def events(self, delta: Delta, usage: Mapping[str, object] | None = None) -> bytes:
+        """Return the events that tell of `delta`, or none."""
+        ...
+
+
+class Generation:
+    """`num_choices` sequences for each prompt; choice `c` of prompt `p` has the index `p * num_choices + c`."""
+
+    def __init__(self, context: ServerContext, record: RequestRecord, response_id: str) -> None:
+        self._engine = context.engine
+        self._record = record
+        self._id = response_id
+        self._streams: list[RequestStream] = []
+        self._num_choices = 1
+
+    @asynccontextmanager
+    async def running(self, jobs: Sequence[PromptJob], num_choices: int) -> AsyncIterator[None]:
+        """Submit everything; what has not ended is aborted at the end.
+
+        Raises:
+            InvalidRequestError, EngineBusyError, EngineDeadError: the engine does not take it.
+        """
+        self._num_choices = num_choices
+        self._record.num_prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs)
+        several = len(jobs) * num_choices > 1
+        async with AsyncExitStack() as stack:
+            try:
+                for index in range(len(jobs) * num_choices):
+                    job, choice = jobs[index // num_choices], index % num_choices
+                    name = f"{self._id}-{index}" if several else self._id
+                    sampling = for_choice(job.sampling, choice)
+                    stream = self._engine.submit(job.prompt_token_ids, sampling, name)
+                    self._streams.append(await stack.enter_async_context(stream))
+                yield
+            finally:
+                self._note_in_record()
+
+    async def stream(self, choices: Sequence[ChoiceStream], emit: Emit, with_usage: bool) -> None:
+        """Emit the events that `choices` make of the news of each sequence, until all have ended.
+
+        Args:
+            choices: one for each sequence.
+            emit: takes events.
+            with_usage: hand the counts so far to `choices` as well.
+
+        Raises:
+            ApiError, InvalidRequestError, EngineBusyError, EngineDeadError: a sequence cannot be served.
+        """
+        if len(choices) == 1:
+            await self._stream_one(0, choices[0], emit, with_usage)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index, choice in enumerate(choices):
+                    group.create_task(self._stream_one(index, choice, emit, with_usage))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+    async def _stream_one(self, index: int, choice: ChoiceStream, emit: Emit, with_usage: bool) -> None:
+        async for delta in self._streams[index]:
+            self._look_at(index, delta)
+            events = choice.events(delta, self.usage() if with_usage else None)
+            if events:
+                await emit(events)
+
+    async def collect(self) -> list[Output]:
+        """Return all outputs once they are complete; raises what `stream` raises."""
+        # One after the other: the engine fills all of them meanwhile.
+        return [await self._collect_one(index) for index in range(len(self._streams))]
+
+    async def _collect_one(self, index: int) -> Output:
+        texts: list[str] = []
+        logprobs: list[TokenLogprobs] = []
+        reason: FinishName | None = None
+        async for delta in self._streams[index]:
+            self._look_at(index, delta)
+            texts.append(delta.text)
+            logprobs.extend(delta.logprobs)
+            reason = delta.finish_reason
+        assert reason is not None, "a stream has ended without a reason"
+        return Output("".join(texts), self._streams[index].completion.token_ids, logprobs, reason)
+
+    def _look_at(self, index: int, delta: Delta) -> None:
+        """Note the first token; an output that the server ends before it has any is an error.
+
+        Raises:
+            ApiError: that is so.
+        """
+        if delta.token_ids and self._record.first_token_s is None:
+            self._record.on_token()
+        if delta.finish_reason == "abort" and not self._streams[index].completion.token_ids:
+            raise _aborted()
+
+    def usage(self) -> dict[str, object]:
+        """Return the counts of tokens so far; a prompt counts once for all its choices."""
+        completions = [stream.completion for stream in self._streams]
+        num_output = sum(len(completion.token_ids) for completion in completions)
+        num_prompt = num_cached = 0
+        for first in range(0, len(completions), self._num_choices):
+            choices = completions[first : first + self._num_choices]
+            num_prompt += len(choices[0].prompt_token_ids)
+            # Later choices find in the cache what the first one has put there.
+            num_cached += min(completion.num_cached_tokens for completion in choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    def _note_in_record(self) -> None:
+        completions = [stream.completion for stream in self._streams]
+        self._record.num_output_tokens = sum(len(completion.token_ids) for completion in completions)
+        reasons = {completion.finish_reason or "abort" for completion in completions}
+        self._record.finish_reason = ",".join(sorted(reasons)) or None
+
+
+def _aborted() -> ApiError:
+    """Return the error of a sequence that the server has given up, as it does when it ends."""
+    return ApiError(503, "the server has ended this request before it was complete", code="aborted")
+
+
+def finish_name(reason: FinishName) -> str:
+    """Return OpenAI's name of a finish reason; an output that the server ends is cut short, as by a limit."""
+    return "length" if reason == "abort" else reason
+
+
+def require_ready(context: ServerContext) -> EngineReady:
+    """Return the engine's greeting.
+
+    Raises:
+        ApiError: there was none so far.
+    """
+    ready = context.engine.ready
+    if ready is None:
+        raise not_ready("the model is being loaded")
+    return ready
+
+
+def require_model(context: ServerContext, name: str | None) -> None:
+    """Refuse a model that is not the one that there is.
+
+    Raises:
+        ApiError: 404, as OpenAI has it.
+    """
+    if name is not None and name != context.model_name:
+        message = f"The model `{name[:200]}` does not exist or you do not have access to it."
+        raise ApiError(404, message, code="model_not_found")
