@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch import bench_engine_command
+from launch import bench_engine_command, bench_serve_command
 from launch.bench_rows import print_rows, split_numbers
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
@@ -16,6 +16,7 @@ app = typer.Typer(help="Measure, with a peer beside in the same run.", no_args_i
 app.command()(bench_engine_command.throughput)
 app.command()(bench_engine_command.latency)
 app.command()(bench_engine_command.startup)
+app.command()(bench_serve_command.serve)
 
 
 @app.command("compare-hf")
