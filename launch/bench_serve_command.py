@@ -25,6 +25,17 @@ _EXIT_OK = 0
 _EXIT_FAILED = 1
 _EXIT_INTERRUPTED = 130
 
+VocabSizeOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Prompts are drawn from so many token ids; 0: text; else asked of /tokenize."),
+]
+GoodputOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME:MS", help="Limit of ttft, tpot or e2el; repeatable.")
+]
+MoreGoodput = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME:MS]...", help="More limits, as vLLM takes them.")
+]
+
 
 def serve(
     base_url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
@@ -38,7 +49,7 @@ def serve(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt (in text: words).")] = 1024,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 128,
     range_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Lengths differ by up to this share of them, up and down.")
+        float, typer.Option(min=0, max=1, help="Lengths differ by up to this share, up and down.")
     ] = 0.0,
     request_rate: Annotated[float, typer.Option(help="Arrivals per second; inf: all at once.")] = float("inf"),
     burstiness: Annotated[
@@ -49,14 +60,9 @@ def serve(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos/--stop-at-eos", help="Ask for outputs of full length, or not.")
     ] = True,
-    vocab_size: Annotated[
-        int | None,
-        typer.Option(min=0, help="Prompts are drawn from so many token ids; 0: text; else asked of /tokenize."),
-    ] = None,
-    goodput: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:MS", help="Limit of ttft, tpot or e2el; repeatable, or several in quotes."),
-    ] = None,
+    vocab_size: VocabSizeOption = None,
+    goodput: GoodputOption = None,
+    more_goodput: MoreGoodput = None,
     timeout_s: Annotated[float, typer.Option(min=0.001, help="For one request.")] = 600.0,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, lengths and arrivals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, as vLLM's result file.")] = False,
@@ -70,19 +76,19 @@ def serve(
     """
     if not (request_rate > 0 and burstiness > 0):
         raise ConfigError(f"--request-rate {request_rate}, --burstiness {burstiness}: expected more than 0")
-    limits = parse_goodput(goodput or ())
+    limits = parse_goodput([*(goodput or ()), *(more_goodput or ())])
     lengths = Lengths(input_len, output_len, range_ratio)
     pace = (request_rate, burstiness, max_concurrency)
     load = Load(num_prompts, lengths, num_warmups, *pace, timeout_s, seed)
     # The server is asked for what is missing.
     form = RequestForm(model or "", endpoint, vocab_size or 0, temperature, ignore_eos)
-    asks_vocab_size = endpoint == "completions" and vocab_size is None
     client = HttpClient(base_url, {} if api_key is None else {"Authorization": f"Bearer {api_key}"})
-    form, outcome = asyncio.run(_measure(client, form, load, asks_vocab_size))
+    form, outcome = asyncio.run(
+        _measure(client, form, load, asks_vocab_size=endpoint == "completions" and vocab_size is None)
+    )
     figures = figures_of(outcome.results, outcome.duration_s, limits)
     if as_json:
-        details = details_of(outcome.results) if detailed else {}
-        print(json.dumps(_head(form, load) | figures | details | {"interrupted": outcome.was_interrupted}))
+        print(_as_json(form, load, outcome, figures, detailed))
     else:
         print(table(figures, max_concurrency, request_rate))
     raise typer.Exit(_exit_code(outcome))
@@ -124,6 +130,11 @@ def _progress() -> Progress:
         redirect_stdout=False,
         redirect_stderr=False,
     )
+
+
+def _as_json(form: RequestForm, load: Load, outcome: LoadOutcome, figures: Figures, detailed: bool) -> str:
+    details = details_of(outcome.results) if detailed else {}
+    return json.dumps(_head(form, load) | figures | details | {"interrupted": outcome.was_interrupted})
 
 
 def _head(form: RequestForm, load: Load) -> Figures:

@@ -89,16 +89,16 @@ class StreamTimes:
 
     def _take(self, data: bytes, now_s: float) -> None:
         try:
-            event = json.loads(data)
-        except ValueError:
-            self._result.fail("bad event", f"an event that is not JSON: {data[:200]!r}")
-            return
-        if not isinstance(event, dict) or "error" in event:
-            self._result.fail("error in the stream", data.decode(errors="replace"))
-            return
-        if event.get("usage"):
-            self._count(event["usage"])
-        for choice in event.get("choices", ()):
+            self._take_event(json.loads(data), now_s)
+        except (ValueError, TypeError, AttributeError):
+            self._result.fail("bad event", f"this is no event of a completion: {data[:200]!r}")
+
+    def _take_event(self, event: dict[str, Any], now_s: float) -> None:
+        if error := event.get("error"):
+            self._result.fail("error in the stream", json.dumps(error))
+        if usage := event.get("usage"):
+            self._count(usage)
+        for choice in event.get("choices") or ():
             self._take_choice(choice, now_s)
 
     def _count(self, usage: dict[str, int]) -> None:

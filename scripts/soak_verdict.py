@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from launch.bench_serve_http import HttpClient, HttpError
 from scripts.soak_server_process import ServedDeployment
 from scripts.soak_tally import Tally
-from scripts.soak_watch import Sample, Watch, second_half
+from scripts.soak_watch import Sample, second_half
 
 _QUIET_S = 60.0
 # The engine tells of itself once a second: what it said before does not count.
@@ -60,9 +60,9 @@ async def wait_until_idle(client: HttpClient, tally: Tally) -> None:
     tally.check("all requests ended, all KV blocks free", is_idle, f"{in_use} blocks in use, {running}")
 
 
-def judge_memory(watch: Watch, tally: Tally, most_mib: float) -> None:
-    """Note the growth of each process."""
-    for name, samples in watch.samples.items():
+def judge_memory(samples_by_name: Mapping[str, Sequence[Sample]], tally: Tally, most_mib: float) -> None:
+    """Note which of the processes have grown by more than `most_mib` MiB, and print how all have."""
+    for name, samples in samples_by_name.items():
         trend = second_half(samples)
         if trend is None:
             tally.count(f"memory of {name}: too new to tell")

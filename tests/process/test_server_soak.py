@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_soaked_server_is_as_before_and_has_answered_to_the_letter(config: str) -> None:
     options = ("--clients", "24", "--seconds", "6", "--cases", "12", "--max-tokens", "24")
     # The memory of libraries grows for longer than a test may take: only the long soak judges it.
-    few_places = ("--set", "scheduler.max_num_seqs=8", "--set", "server.max_queued_requests=8")
+    few_places = ("--set", "scheduler.max_num_seqs=8", "--set", "server.max_queued_requests=2")
     tally = soak_server.run(soak_server.parse([config, *options, *few_places, "--growth-mib", "inf"]))
     assert tally.violations == {}, tally.table()
     counts = tally.counts

@@ -14,6 +14,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from tprt.deep_stack import call_on_deep_stack
 from tprt.errors import InvalidRequestError
 from tprt.messages import Grammar
 from tprt.server.invalid_field import InvalidFieldError
@@ -94,7 +95,11 @@ def check_grammar(grammar: Grammar) -> None:
 
 @lru_cache(_NUM_CHECKED)
 def _complaint(grammar: Grammar) -> str:
-    """Return what llguidance has against `grammar`, empty if nothing."""
+    """Return what llguidance has against `grammar`, empty if nothing; it recurses as deep as rules nest."""
+    return call_on_deep_stack(lambda: _complaint_here(grammar))
+
+
+def _complaint_here(grammar: Grammar) -> str:
     try:
         source = _COMPILERS[grammar.kind](grammar.source)
     except ValueError as error:

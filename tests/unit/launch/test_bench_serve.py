@@ -145,7 +145,8 @@ def test_a_stream_without_tokens_and_an_event_that_is_no_json_are_errors() -> No
         return answer
 
     assert fails_with(answer_with()).error_kind == "no tokens"
-    assert fails_with(answer_with("{")).error_kind == "bad event"
+    for event in ("{", "[]", '{"choices": 7}', '{"choices": [7]}', '{"choices": [{"delta": 7}]}'):
+        assert fails_with(answer_with(event)).error_kind == "bad event"
 
 
 def test_a_request_that_does_not_end_has_a_deadline() -> None:
@@ -228,7 +229,7 @@ async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
 def test_the_command_prints_the_names_of_vllm() -> None:
     async def run() -> None:
         async with serving(send_completion) as server:
-            options = ("--num-prompts", "4", "--output-len", "3", "--goodput", "ttft:60000 e2el:60000")
+            options = ("--num-prompts", "4", "--output-len", "3", "--goodput", "ttft:60000", "e2el:60000")
             code, output = await ended(await command(server.base_url, *options, "--json", "--detailed"))
             assert code == 0
             posts = [request for request in server.requests if request.path == "/v1/completions"]

@@ -239,3 +239,9 @@ def test_all_schemas_of_the_tools_together_are_bounded(monkeypatch: pytest.Monke
     monkeypatch.setattr(json_grammar, "MAX_SOURCE_CHARACTERS", 500)
     with pytest.raises(InvalidFieldError, match=r"tools: .* characters"):
         grammar_of(OutputRules(tools=TOOLS * 3, tool_choice="required", tool_call_style="hermes"))
+
+
+def test_rules_nested_as_deep_as_a_grammar_may_be_long_do_not_end_the_process() -> None:
+    num_rules = 6500
+    rules = "".join(f"r{number}: r{number + 1}\n" for number in range(num_rules))
+    check_grammar(Grammar("lark", f'start: r0\n{rules}r{num_rules}: "x"\n'))
