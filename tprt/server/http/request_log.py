@@ -93,7 +93,9 @@ def _write_line(scope: Scope, record: RequestRecord) -> None:
     route = scope.get("route")
     # What was asked for is not written where there is no such route: it may hold anything.
     endpoint = getattr(route, "path", "(no such path)")
-    level = logging.DEBUG if endpoint in _QUIET and record.status < 400 else logging.INFO
+    # Not ready yet is no news either: whoever waits for it asks every second.
+    is_quiet = endpoint in _QUIET and (record.status < 400 or endpoint == "/ready")
+    level = logging.DEBUG if is_quiet else logging.INFO
     if not _log.isEnabledFor(level):
         return
     fields = _fields(scope["method"], endpoint, record)
