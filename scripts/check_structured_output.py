@@ -5,9 +5,10 @@
     python scripts/check_structured_output.py 100 --base-url http://host:8000
 
 Chat answers at temperature 1, each with another seed, over schemas of several kinds in turns: enumerations and
-constants, nested arrays and objects, numbers with bounds, patterns, alternatives and references. Strings and
-arrays are bounded in all of them, so that an output that `max_tokens` cuts short is a failure as well. The
-validator, jsonschema_rs, shares no code with what makes the grammars. Exits with 1 if anything is not valid.
+constants, nested arrays and objects, numbers with bounds, patterns, alternatives and references. Strings,
+arrays and decimals are bounded in all of them, so that an output that `max_tokens` cuts short is a failure as
+well. The validator, jsonschema_rs, shares no code with what makes the grammars. Exits with 1 if anything is not
+valid.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ SCHEMAS: Mapping[str, tuple[str, Schema]] = {
         _object(
             {
                 "celsius": {"type": "integer", "minimum": -40, "maximum": 60},
-                "share": {"type": "number", "minimum": 0, "maximum": 1},
+                "share": {"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.01},
                 "above": {"type": "integer", "exclusiveMinimum": 5, "exclusiveMaximum": 8},
                 "is_sunny": {"type": "boolean"},
             }

@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.usefixtures("tmpdir_of_children")
 def test_a_soaked_server_is_as_before_and_has_answered_to_the_letter(config: str) -> None:
-    options = ("--clients", "24", "--seconds", "6", "--cases", "12", "--max-tokens", "24")
+    options = ("--clients", "24", "--seconds", "5", "--cases", "12", "--max-tokens", "24")
     # The memory of libraries grows for longer than a test may take: only the long soak judges it.
     few_places = ("--set", "scheduler.max_num_seqs=8", "--set", "server.max_queued_requests=2")
     tally = soak_server.run(soak_server.parse([config, *options, *few_places, "--growth-mib", "inf"]))
@@ -47,9 +47,9 @@ def test_a_soaked_server_is_as_before_and_has_answered_to_the_letter(config: str
 
 
 @pytest.mark.usefixtures("tmpdir_of_children")
-def test_outputs_of_json_schemas_parse_and_validate() -> None:
+def test_outputs_of_json_schemas_parse_and_validate(config: str) -> None:
     count = 2 * len(check_structured_output.SCHEMAS)
-    tally = check_structured_output.run(check_structured_output.parse([str(count)]))
+    tally = check_structured_output.run(check_structured_output.parse([str(count), config]))
     assert tally.violations == {}, tally.table()
     valid = {kind: number for kind, number in tally.counts.items() if kind.startswith("valid")}
     assert list(valid.values()) == [2] * len(check_structured_output.SCHEMAS)
