@@ -15,7 +15,7 @@ from launch.chat_session import ChatSession
 from launch.checkpoint_tokenizer import open_tokenizer
 from launch.config_file import load_config
 from launch.deployment import Deployment
-from launch.options import ConfigArgument, SetOption
+from launch.options import ConfigArgument, SetOption, StopOption, TemperatureOption, TopKOption, TopPOption
 from tprt.config import Config
 from tprt.errors import CheckpointError, InvalidRequestError
 from tprt.messages import SamplingParams
@@ -33,11 +33,11 @@ def chat(
     config: ConfigArgument,
     system: Annotated[str, typer.Option(help="What to tell the model before the conversation.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    stop: StopOption = None,
     set_: SetOption = None,
 ) -> None:
     """Talk with the model, a line at a time; /help lists what else a line can be."""

@@ -12,7 +12,7 @@ import typer
 
 from launch.config_file import load_config
 from launch.llm import LLM
-from launch.options import ConfigArgument, SetOption
+from launch.options import ConfigArgument, SetOption, StopOption, TemperatureOption, TopKOption, TopPOption
 from tprt.errors import ConfigError, InvalidRequestError
 from tprt.messages import Grammar, SamplingParams
 from tprt.server.completion import Completion
@@ -30,9 +30,9 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Send each text as a user's message.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128,
     ignore_eos: Annotated[bool, typer.Option(help="Go on past the end-of-sequence token.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this probability.")] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     presence_penalty: Annotated[float, typer.Option(help="Off the logit of what is in the output.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it is there.")] = 0.0,
@@ -42,7 +42,7 @@ def generate(
     ] = None,
     regex: Annotated[str | None, typer.Option(help="The output matches this, as a whole.")] = None,
     min_tokens: Annotated[int, typer.Option(help="Go on past end tokens up to this many.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    stop: StopOption = None,
     logprobs: Annotated[int | None, typer.Option(help="Report this many most likely tokens.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line and prompt.")] = False,
     set_: SetOption = None,
