@@ -33,6 +33,7 @@ from tprt.worker.input_batch import (
     token_positions,
     truncated_rows,
 )
+from tprt.worker.step_transfer import StepTransfer, staged_bytes, wait_for
 
 _NUM_PINNED = 2
 # Kernels that read 16 bytes at a time want their operands there.
@@ -120,6 +121,7 @@ class DecodeGraphs:
         self._captured: dict[int, _Captured] = {}
         self._sizes = [0]
         self._host: _HostColumns
+        self._changes = StepTransfer(tables.device_tables.device)
 
     def capture(self, sizes: list[int]) -> None:
         """Capture a decode of every size; all ranks together."""
@@ -226,8 +228,10 @@ class DecodeGraphs:
 
     def _write_now(self, places: NDArray[np.int64], values: NDArray[np.int32]) -> None:
         """Write more changes than a decode's columns hold: sequences that come from a prefill."""
-        device = self._tables.device_tables.device
-        self._tables.write(torch.from_numpy(places).to(device), torch.from_numpy(values).to(device))
+        self._changes.begin(staged_bytes(places.nbytes + values.nbytes, num_columns=2))
+        columns = self._changes.stage(places), self._changes.stage(values)
+        self._changes.flush()
+        self._tables.write(*columns)
 
 
 class _HostColumns:
@@ -244,7 +248,7 @@ class _HostColumns:
     def next(self, size: int) -> tuple[DecodeColumns, int]:
         """Return columns that may be written, and which set they are."""
         self._turn = turn = (self._turn + 1) % _NUM_PINNED
-        self._was_read[turn].synchronize()
+        wait_for(self._was_read[turn])
         columns = self._columns[turn].get(size)
         if columns is None:
             columns = self._columns[turn][size] = DecodeColumns(self._memory[turn], size)
