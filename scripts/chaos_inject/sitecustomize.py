@@ -15,6 +15,7 @@ A process notes `fault` just before it hurts itself, and `pid-NAME` once it can 
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import json
@@ -22,8 +23,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, ModuleType
 from typing import Any
 
 PLAN = "TPRT_CHAOS"
@@ -33,21 +34,60 @@ PAUSE = "pause"
 SKIP = "skipped collective"
 # The signals that stand for a fault, for `signal.SIGRTMIN` on.
 BY_SIGNAL = ("exception", "MemoryError", "os._exit")
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_OURS = (os.path.join(_ROOT, "tprt", ""), os.path.join(_ROOT, "launch", ""))
+_IMPORTLIB = "<frozen importlib._bootstrap>"
+_ERRORS: dict[str, type[Exception]] = {"exception": RuntimeError, "MemoryError": MemoryError}
+_AGAIN_S = 0.002
 _PAUSE_S = 10.0
 # In the middle of a step: after collectives that went well.
 _COLLECTIVE_OF_STEP = 2
 _STEP_OF_PHASE = {"prefill": 1, "decode": 3}
 
 
-def hurt(fault: str) -> None:
-    """Do to this process what `fault` says."""
-    if fault == "exception":
-        raise RuntimeError(MESSAGE)
-    if fault == "MemoryError":
-        raise MemoryError(MESSAGE)
+class RaisedInImport:
+    """Rides on an error; asks for the fault again where a library drops the error and its import goes on.
+
+    Many a library imports others under `except Exception`, and nothing can be raised out of a weakref callback.
+    A lack of memory would show again there. Errors that code of this project handles are left alone.
+    """
+
+    def __init__(self, fault: str, struck: FrameType | None) -> None:
+        self._fault = fault
+        self._import: FrameType | None = None
+        for frame in _stack(struck):
+            if frame.f_code.co_filename.startswith(_OURS):
+                break
+            if frame.f_code.co_filename == _IMPORTLIB:
+                self._import = frame
+
+    def __del__(self) -> None:
+        if self._import is not None and any(frame is self._import for frame in _stack(sys._getframe())):
+            # Not at once: whatever is raised in this method is dropped as well.
+            signal.signal(signal.SIGALRM, functools.partial(hurt, self._fault))
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def hurt(fault: str, _number: int = 0, struck: FrameType | None = None) -> None:
+    """Do to this process what `fault` says; handles a signal that came while `struck` was running."""
+    if fault in _ERRORS:
+        raise _make_error(fault, struck)
     if fault == "os._exit":
         os._exit(EXIT_CODE)
     os.kill(os.getpid(), signal.Signals[fault])
+
+
+def _make_error(fault: str, struck: FrameType | None) -> Exception:
+    # Here, for an error that a local variable of its traceback refers to is not gone when it is dropped.
+    error = _ERRORS[fault](MESSAGE)
+    error.rider = RaisedInImport(fault, struck)  # type: ignore[attr-defined]
+    return error
 
 
 class Injector:
@@ -64,7 +104,7 @@ class Injector:
     def answer_signals(self) -> None:
         """From now on the faults that a signal cannot be can be asked for by one."""
         for number, fault in enumerate(BY_SIGNAL, signal.SIGRTMIN):
-            signal.signal(number, lambda _number, _frame, fault=fault: hurt(fault))  # type: ignore[misc]
+            signal.signal(number, functools.partial(hurt, fault))
         self._note(f"pid-{self._name.replace(' ', '-')}", str(os.getpid()))
 
     def enter_phase(self, phase: str) -> None:
