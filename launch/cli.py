@@ -15,6 +15,7 @@ from launch.generate_command import generate
 from launch.plan_command import plan
 from launch.serve_command import serve
 from launch.status_command import status
+from launch.stop_command import stop
 from tprt.errors import TprtError
 
 EXIT_FAILED = 1
@@ -33,6 +34,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(plan)
 app.command()(status)
+app.command()(stop)
 app.add_typer(config_command.app, name="config")
 app.add_typer(bench_command.app, name="bench")
 

@@ -80,6 +80,7 @@ def _hold(path: Path) -> int:
     fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(fd, str(os.getpid()).encode())
         draft.rename(path / _LOCK)
     return fd
 
@@ -118,6 +119,33 @@ def _owner_lives(path: Path) -> bool | None:
         return None
     finally:
         os.close(fd)
+
+
+def open_owner(path: Path) -> tuple[int, int] | None:
+    """Return the pid of the process that a run directory belongs to, and a pidfd of it, to be closed.
+
+    None where it has ended, or cannot be seen from here, as one in another container.
+    """
+    try:
+        found = (path / _LOCK).stat()
+        pid = int((path / _LOCK).read_text(encoding="ascii"))
+        pidfd = os.pidfd_open(pid)
+    except (OSError, ValueError):
+        return None
+    # The descriptor comes before the look: a pid that went to another process meanwhile does not have the lock.
+    if _has_open(pid, found):
+        return pid, pidfd
+    os.close(pidfd)
+    return None
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(link.stat(), file):
+                    return True
+    return False
 
 
 def write_config(run_dir: Path, config: Config) -> None:

@@ -15,6 +15,7 @@ from tprt.transport.heartbeat import AFTER_LAYERS, BEFORE_LAYERS, NO_STEP, Phase
 
 EXIT_NOT_SERVING = 1
 EXIT_NONE_FOUND = 3
+NONE_FOUND = "no deployment of this user is running on this host"
 
 _HEADINGS = ("rank", "pid", "state", "phase", "step", "layer", "collective", "sign s ago", "loaded MiB")
 _MIB = 2**20
@@ -36,7 +37,7 @@ def status(as_json: JsonOption = False) -> None:
             _print(deployment)
     if not found:
         if not as_json:
-            print("no deployment of this user is running on this host")
+            print(NONE_FOUND)
         raise typer.Exit(EXIT_NONE_FOUND)
     if not all(deployment.verdict.serves for deployment in found):
         raise typer.Exit(EXIT_NOT_SERVING)

@@ -73,7 +73,7 @@ def num_running(folder: Path) -> int:
     return record.num_running + record.num_waiting
 
 
-def test_it_refuses_until_the_ranks_are_ready_then_serves_and_drains_on_sigterm(
+def test_it_refuses_until_the_ranks_are_ready_then_serves_and_drains_when_it_is_stopped(
     worded: TinyDeployment, tmpdir_of_children: Path
 ) -> None:
     with Served(worded.config) as served:
@@ -104,7 +104,8 @@ def test_it_refuses_until_the_ranks_are_ready_then_serves_and_drains_on_sigterm(
 
         stream = served.stream(PROMPT, 200)
         assert len(stream.read(3)) >= 3
-        served.process.send_signal(signal.SIGTERM)
+        run_dir = run_dir_of(tmpdir_of_children)
+        stopping = subprocess.Popen([TPRT, "stop", run_dir.name], stdout=subprocess.PIPE, text=True)
         served.wait_for_line("no new requests")
         served.wait_until(lambda: served.ask("GET", "/ready")[0] == 503)
         late = served.complete(PROMPT, 3)
@@ -113,6 +114,8 @@ def test_it_refuses_until_the_ranks_are_ready_then_serves_and_drains_on_sigterm(
         assert stream.read() == worded.expected(PROMPT, 200)
         assert (stream.finish_reason, stream.is_done) == ("length", True)
         assert served.end() == 0, served.lines
+    assert stopping.communicate(timeout=60)[0] == f"{run_dir}: {Path(worded.config).parent}: stopped\n"
+    assert stopping.returncode == 0
     assert still_there(list(pids.values())) == []
     assert not [line for line in served.lines if "Traceback" in line]
 
