@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.program_end import ProgramEnd
 from launch.server_record import read_server
 from scripts.chaos_traces import (
     MARK,
@@ -36,7 +37,10 @@ _RANK = "launch.worker_entry"
 
 
 class ServedDeployment:
-    """One `tprt serve`, on a free port, whose run directory is in a folder of its own."""
+    """One `tprt serve`, on a free port, whose run directory is in a folder of its own.
+
+    From `start` to `close` it also ends with this program, on SIGTERM too.
+    """
 
     def __init__(self, config: str, overrides: Sequence[str]) -> None:
         """Assign only; `start` starts it."""
@@ -48,6 +52,7 @@ class ServedDeployment:
         self._process: subprocess.Popen[str] | None = None
         self._log: Lines | None = None
         self._left: list[str] = []
+        self._program_end = ProgramEnd(self.close)
 
     @property
     def log(self) -> str:
@@ -60,6 +65,7 @@ class ServedDeployment:
         Raises:
             RuntimeError: it has ended, or takes too long.
         """
+        self._program_end.guard()
         environment = {**os.environ, MARK: self._mark, "TMPDIR": self._folder.name}
         self._process = subprocess.Popen(
             self._command,
@@ -129,12 +135,14 @@ class ServedDeployment:
         kill_all(self._mark)
         if self._process is not None:
             self._process.wait()
+            # A signal may have come before its output was read.
+            if self._log is not None:
+                self._log.finish()
             assert self._process.stderr is not None
-            assert self._log is not None
-            self._log.finish()
             self._process.stderr.close()
             self._process = None
         self._folder.cleanup()
+        self._program_end.release()
 
 
 def _environment(pid: int) -> dict[str, str]:

@@ -5,18 +5,26 @@ The long ones are scripts/soak_server.py and scripts/check_structured_output.py.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from scripts import check_structured_output, soak_server
 from tests.support.checkpoints import TinyModel
-from tests.support.deployments import make_tiny_deployment
+from tests.support.deployments import descendants, make_tiny_deployment, start, still_there
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 VOCAB_SIZE = 49152
+START_S = 60.0
+END_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +61,35 @@ def test_outputs_of_json_schemas_parse_and_validate(config: str) -> None:
     assert tally.violations == {}, tally.table()
     valid = {kind: number for kind, number in tally.counts.items() if kind.startswith("valid")}
     assert list(valid.values()) == [2] * len(check_structured_output.SCHEMAS)
+
+
+def served_by(script: subprocess.Popen[str]) -> Path:
+    """Wait until a server is among the processes of `script`; return the folder of its run directory."""
+    deadline_s = time.monotonic() + START_S
+    while time.monotonic() < deadline_s and script.poll() is None:
+        for pid in descendants(script.pid):
+            # It may end at any moment.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"launch.server_entry" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                    return next(Path(os.fsdecode(one[7:])) for one in variables if one[:7] == b"TMPDIR=")
+        time.sleep(0.02)
+    script.kill()
+    raise AssertionError(f"no server within {START_S} s: {script.communicate()[1]}")
+
+
+@pytest.mark.usefixtures("tmpdir_of_children")
+def test_a_soak_that_is_told_to_end_takes_its_server_along(config: str) -> None:
+    options = ("--cases", "2", "--max-tokens", "4", "--set", "scheduler.max_num_seqs=8")
+    process = start([sys.executable, str(ROOT / "scripts" / "soak_server.py"), config, *options])
+    try:
+        folder = served_by(process)
+        pids = descendants(process.pid)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=END_S)
+        assert process.returncode == 128 + signal.SIGTERM, errors
+        assert still_there(pids) == []
+        assert not folder.exists()
+    finally:
+        process.kill()
+        process.wait()
