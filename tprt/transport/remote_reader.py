@@ -1,27 +1,37 @@
-"""Steps for a rank on another host than the coordinator's; `tprt.transport.remote_wire` has the protocol.
+"""The lanes of a rank on another host than the coordinator's; `tprt.transport.remote_wire` has the protocol.
 
 Knows nothing of what messages mean.
 """
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
+import threading
 import time
 
 from tprt.errors import PeerLostError, SequenceGapError, TransportError, TransportTimeoutError
+from tprt.transport.challenge import make_nonce
+from tprt.transport.channel import Buffer
+from tprt.transport.control_lane import MAX_CONTROL_BYTES
 from tprt.transport.remote_wire import (
-    ACK,
+    ANSWER,
     FRAME,
-    LENGTH,
+    GREETING,
     MAX_FRAME_BYTES,
+    UP,
+    is_answer_proven,
     pack_hello,
+    read_greeting,
     set_options,
     split_address,
 )
 
 _RETRY_S = 0.05
 _RECEIVE_BYTES = 256 * 1024
+_MAX_REASON_BYTES = 4096
+_ACKNOWLEDGE_S = 5.0
 
 
 class RemoteStepReader:
@@ -34,6 +44,8 @@ class RemoteStepReader:
         self._arrived = bytearray()
         self._sequence = 0
         self._loss = ""
+        # A control message may come from another thread than the one that reads.
+        self._sending = threading.Lock()
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         connection.setblocking(False)
@@ -58,9 +70,7 @@ class RemoteStepReader:
         """
         connection = _connect(address, time.monotonic() + timeout_s, timeout_s)
         try:
-            connection.sendall(pack_hello(epoch, rank, token))
-            (length,) = LENGTH.unpack(_receive_exactly(connection, LENGTH.size))
-            reason = _receive_exactly(connection, length).decode()
+            reason = _introduce(connection, epoch, rank, token)
         except TimeoutError as error:
             connection.close()
             raise TransportTimeoutError(
@@ -69,6 +79,9 @@ class RemoteStepReader:
         except OSError as error:
             connection.close()
             raise PeerLostError(f"the coordinator at {address} went away: {error.strerror}") from error
+        except TransportError as error:
+            connection.close()
+            raise TransportError(f"the coordinator at {address}: {error}") from error
         if reason:
             connection.close()
             raise TransportError(f"the coordinator refuses rank {rank}: {reason}")
@@ -117,6 +130,40 @@ class RemoteStepReader:
                     self._lose("its end of the connection is closed")
         return message
 
+    def send_control(self, payload: Buffer, timeout_s: float) -> None:
+        """Send a message the other way; any thread may.
+
+        Raises:
+            TransportTimeoutError: the coordinator does not read.
+            PeerLostError: it is gone.
+            TransportError: the message is too large.
+        """
+        data = memoryview(payload).cast("B")
+        if len(data) > MAX_CONTROL_BYTES:
+            raise TransportError(
+                f"a control message of {len(data)} bytes; expected at most {MAX_CONTROL_BYTES}"
+            )
+        with self._sending:
+            self._send_all(UP.pack(self._sequence, len(data)) + data, timeout_s)
+
+    def _send_all(self, data: Buffer, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        unsent = memoryview(data)
+        poll = select.poll()
+        poll.register(self._connection, select.POLLOUT)
+        while unsent:
+            if not poll.poll(max(deadline_s - time.monotonic(), 0.0) * 1000):
+                # Whatever comes after half a message would be taken for the rest of it.
+                self._lose("it does not read what this rank sends")
+                raise TransportTimeoutError(f"{self._peer} has not read its control lane for {timeout_s:g} s")
+            try:
+                unsent = unsent[self._connection.send(unsent) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                self._lose(str(error.strerror))
+                raise PeerLostError(self._loss) from error
+
     def close(self) -> None:
         """Release everything; idempotent. The writer sees it as the loss of this rank."""
         self._connection.close()
@@ -140,11 +187,9 @@ class RemoteStepReader:
         return message
 
     def _acknowledge(self) -> None:
-        try:
-            # Eight bytes, and no more of them under way than the writer's window: they always fit.
-            self._connection.send(ACK.pack(self._sequence))
-        except OSError as error:
-            self._lose(str(error.strerror))
+        # Waits only behind a large control message that the writer has not read yet.
+        with self._sending, contextlib.suppress(PeerLostError, TransportTimeoutError):
+            self._send_all(UP.pack(self._sequence, 0), _ACKNOWLEDGE_S)
 
     def _lose(self, why: str) -> None:
         self._loss = self._loss or f"{self._peer} is gone: {why}; the last message read was {self._sequence}"
@@ -166,6 +211,23 @@ def _connect(address: str, deadline_s: float, timeout_s: float) -> socket.socket
             set_options(connection)
             connection.settimeout(max(deadline_s - time.monotonic(), _RETRY_S))
             return connection
+
+
+def _introduce(connection: socket.socket, epoch: int, rank: int, token: bytes) -> str:
+    """Say who this is, and return why it is not let in ("": it is).
+
+    Raises:
+        TransportError: whoever answers is no coordinator of this deployment.
+    """
+    theirs, ours = read_greeting(_receive_exactly(connection, GREETING.size)), make_nonce()
+    connection.sendall(pack_hello(epoch, rank, ours, theirs, token))
+    proof, length = ANSWER.unpack(_receive_exactly(connection, ANSWER.size))
+    if length > _MAX_REASON_BYTES:
+        raise TransportError(f"an answer of {length} bytes; expected at most {_MAX_REASON_BYTES}")
+    reason = _receive_exactly(connection, length).decode(errors="replace")
+    if not reason and not is_answer_proven(proof, ours, token):
+        raise TransportError("it does not know the token of this deployment")
+    return reason
 
 
 def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:

@@ -3,30 +3,36 @@
 Plain TCP, one connection for each rank, and not ZeroMQ: its end is then the end of that rank, seen at once and
 by name, and there is no queue in between where a message could wait without being counted.
 
-    rank to writer    hello: magic, version, epoch, rank, token; then the number of each message that was read
-    writer to rank    answer: a text that is empty when the rank is let in; then messages: number, length, bytes
+    writer to rank    greeting: magic, version, nonce
+    rank to writer    hello: magic, version, epoch, rank, nonce, proof that it knows the token
+    writer to rank    answer: proof of the same, a text that is empty when the rank is let in; then messages:
+                      number, length, bytes
+    rank to writer    after each message its number and a length of 0; a control message comes with its length
 
-The token keeps out strangers and other deployments, but nobody who can read the network. Knows nothing of who
-waits for what.
+The proofs keep out strangers and other deployments (`tprt.transport.challenge`), but nobody who can change what
+is on the network. Knows nothing of who waits for what.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import socket
 import struct
 from urllib.parse import urlsplit
 
 from tprt.errors import TransportError
+from tprt.transport.challenge import PROOF_BYTES, is_proven, prove
 
 MAGIC = b"tprtstep"
-VERSION = 1
-HELLO = struct.Struct("<8sIqq32s")
-LENGTH = struct.Struct("<I")
+VERSION = 2
+GREETING = struct.Struct("<8sI32s")
+HELLO = struct.Struct("<8sIqq32s32s")
+ANSWER = struct.Struct("<32sI")
 FRAME = struct.Struct("<QQ")
-ACK = struct.Struct("<Q")
+UP = struct.Struct("<QI")
+"""How many messages the rank has read, and the bytes of the control message that follows (0: none)."""
 MAX_FRAME_BYTES = 1024 * 1024 * 1024
+_RANK, _WRITER = "rank", "writer"
 
 # A host that vanishes says nothing: the kernel asks after 5 s of silence and gives up 15 s later. What it has
 # not taken by then has the deadline of `send`.
@@ -35,15 +41,43 @@ _KEEPALIVE_INTERVAL_S = 5
 _KEEPALIVE_COUNT = 3
 
 
-def pack_hello(epoch: int, rank: int, token: bytes) -> bytes:
-    """Return a rank's hello; the token, of any length, goes as its digest."""
-    return HELLO.pack(MAGIC, VERSION, epoch, rank, hashlib.sha256(token).digest())
+def pack_greeting(nonce: bytes) -> bytes:
+    """Return what the writer says first."""
+    return GREETING.pack(MAGIC, VERSION, nonce)
 
 
-def pack_answer(reason: str) -> bytes:
-    """Return the writer's answer: an empty `reason` lets the rank in."""
+def read_greeting(greeting: bytes) -> bytes:
+    """Return the writer's nonce.
+
+    Raises:
+        TransportError: it is no writer of this version.
+    """
+    magic, version, nonce = GREETING.unpack(greeting)
+    if (magic, version) != (MAGIC, VERSION):
+        raise TransportError(f"it began with {greeting[:12]!r}; expected a coordinator of version {VERSION}")
+    return bytes(nonce)
+
+
+def pack_hello(epoch: int, rank: int, nonce: bytes, greeting_nonce: bytes, token: bytes) -> bytes:
+    """Return a rank's hello: `nonce` is its own, `greeting_nonce` that of the writer."""
+    without = HELLO.pack(MAGIC, VERSION, epoch, rank, nonce, b"")[:-PROOF_BYTES]
+    return without + prove(token, _RANK, greeting_nonce, without)
+
+
+def is_hello_proven(hello: bytes, greeting_nonce: bytes, token: bytes) -> bool:
+    """Tell whether the rank that has said `hello` knows the token."""
+    return is_proven(token, hello[-PROOF_BYTES:], _RANK, greeting_nonce, hello[:-PROOF_BYTES])
+
+
+def pack_answer(reason: str, nonce: bytes, token: bytes) -> bytes:
+    """Return the writer's answer to the rank that gave `nonce`: an empty `reason` lets it in."""
     text = reason.encode()
-    return LENGTH.pack(len(text)) + text
+    return ANSWER.pack(prove(token, _WRITER, nonce, text), len(text)) + text
+
+
+def is_answer_proven(proof: bytes, nonce: bytes, token: bytes) -> bool:
+    """Tell whether the writer that lets a rank in knows the token."""
+    return is_proven(token, proof, _WRITER, nonce)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,30 +1,33 @@
 """Steps to the ranks on other hosts; `tprt.transport.remote_wire` has the protocol.
 
 Every rank acknowledges every message, and a bounded number of them may be unread: who is behind, and by how
-much, is known. Knows nothing of what messages mean.
+much, is known. What ranks say themselves, and their ends, come out as events. Knows nothing of what messages
+mean.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import select
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, NoReturn
 
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
 from tprt.log import get_logger
-from tprt.transport.channel import Buffer
+from tprt.transport.challenge import make_nonce
+from tprt.transport.channel import Buffer, ControlEvent
+from tprt.transport.remote_rank import RemoteRank
 from tprt.transport.remote_wire import (
-    ACK,
     FRAME,
     HELLO,
     MAGIC,
     VERSION,
+    is_hello_proven,
     join_address,
     pack_answer,
-    pack_hello,
+    pack_greeting,
     set_options,
     split_address,
 )
@@ -37,60 +40,31 @@ _WINDOW = 8
 _FLUSH_S = 1.0
 
 
-class _Rank:
-    """One rank's connection, with what it has not taken and not acknowledged yet."""
+class _Stranger(NamedTuple):
+    """Whoever has connected and not said a whole hello; `nonce` is what it was greeted with."""
 
-    def __init__(self, rank: int, connection: socket.socket, address: str) -> None:
-        self.name = f"rank {rank} at {address}"
-        self.connection = connection
-        self.unsent = memoryview(b"")
-        self.num_read = 0
-        self._arrived = b""
-        self._heard_s = time.monotonic()
-
-    def flush(self) -> None:
-        """Give the kernel what it takes of `unsent`."""
-        with contextlib.suppress(BlockingIOError):
-            while self.unsent:
-                self.unsent = self.unsent[self.connection.send(self.unsent) :]
-
-    def take_acknowledgements(self) -> None:
-        """Update `num_read`.
-
-        Raises:
-            ConnectionError: the rank has closed the connection.
-        """
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                arrived = self.connection.recv(4096)
-                if not arrived:
-                    raise ConnectionResetError(0, "its end of the connection is closed")
-                self._arrived += arrived
-                self._heard_s = time.monotonic()
-                if whole := len(self._arrived) // ACK.size * ACK.size:
-                    (self.num_read,) = ACK.unpack(self._arrived[whole - ACK.size : whole])
-                    self._arrived = self._arrived[whole:]
-
-    def describe(self, num_sent: int) -> str:
-        """Say how far the rank is."""
-        age_s = time.monotonic() - self._heard_s
-        return (
-            f"{self.name} has read up to message {self.num_read} of {num_sent}, last heard of {age_s:.1f} s ago"
-        )
+    connection: socket.socket
+    address: str
+    nonce: bytes
 
 
 class RemoteStepWriter:
     """The one sender of steps to ranks on other hosts; used by one thread."""
 
     def __init__(self, listener: socket.socket, epoch: int, ranks: Collection[int], token: bytes) -> None:
+        """Let ranks in at `listener`, which is the writer's from now on; see `listen` for the rest."""
+        listener.setblocking(False)
         self._listener = listener
         self._epoch = epoch
         self._expected = frozenset(ranks)
         self._token = token
-        self._ranks: dict[int, _Rank] = {}
-        self._waiting: dict[int, socket.socket] = {}
+        self._ranks: dict[int, RemoteRank] = {}
+        self._waiting: dict[int, _Stranger] = {}
+        self._reported: set[int] = set()
         self._sequence = 0
         self._loss = ""
+        self._epoll = select.epoll()
+        self._epoll.register(listener, select.EPOLLIN)
 
     @classmethod
     def listen(cls, address: str, *, epoch: int, ranks: Collection[int], token: bytes) -> RemoteStepWriter:
@@ -114,7 +88,6 @@ class RemoteStepWriter:
                 f"cannot listen on {address}: {error.strerror}; expected an interface of this host and a"
                 " free port"
             ) from error
-        listener.setblocking(False)
         return cls(listener, epoch, ranks, token)
 
     @property
@@ -135,15 +108,35 @@ class RemoteStepWriter:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TransportTimeoutError(f"remote ranks {missing} have not connected after {timeout_s:g} s")
-            sockets = [self._listener, *self._waiting.values()]
-            connected = {rank.connection.fileno(): rank for rank in self._ranks.values()}
-            for fd in _poll(dict.fromkeys([*(s.fileno() for s in sockets), *connected], select.POLLIN), left_s):
-                if fd in connected:
-                    self._take_acknowledgements(connected[fd])
-                elif fd == self._listener.fileno():
-                    self._accept()
-                else:
-                    self._admit(self._waiting[fd])
+            self._take_in(left_s)
+            if self._loss:
+                raise PeerLostError(self._loss)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when something comes; wait only once `next_event` has returned None."""
+        return self._epoll.fileno()
+
+    def next_event(self) -> ControlEvent | None:
+        """Let in who has come and return the next thing that a rank has said, or its end, without waiting."""
+        self._take_in(0.0)
+        for rank in self._ranks.values():
+            if rank.controls:
+                return ControlEvent(rank.rank, rank.controls.popleft())
+            if rank.is_lost and rank.rank not in self._reported:
+                self._reported.add(rank.rank)
+                return ControlEvent(rank.rank, None)
+        return None
+
+    def _take_in(self, timeout_s: float) -> None:
+        by_fd = {rank.connection.fileno(): rank for rank in self._ranks.values()}
+        for fd, _ in self._epoll.poll(timeout_s):
+            if fd == self._listener.fileno():
+                self._accept()
+            elif fd in self._waiting:
+                self._admit(fd)
+            else:
+                with contextlib.suppress(PeerLostError):
+                    self._read(by_fd[fd])
 
     def send(self, parts: Sequence[Buffer], timeout_s: float) -> None:
         """Send the concatenation of `parts` to every rank; returns when this host's kernel has taken it.
@@ -162,7 +155,7 @@ class RemoteStepWriter:
         deadline_s = time.monotonic() + timeout_s
         sequence, ranks = self._sequence + 1, self._ranks.values()
         for rank in ranks:
-            self._take_acknowledgements(rank)
+            self._read(rank)
         needed = sequence - _WINDOW
         late = self._wait(lambda rank: rank.num_read < needed, select.POLLIN, deadline_s)
         if late:
@@ -188,13 +181,15 @@ class RemoteStepWriter:
                 self._wait(lambda rank: rank.num_read < self._sequence, select.POLLIN, deadline_s)
         self._loss = self._loss or "this end of the lane is closed"
         connections = [rank.connection for rank in self._ranks.values()]
-        for connection in (self._listener, *self._waiting.values(), *connections):
+        waiting = [stranger.connection for stranger in self._waiting.values()]
+        self._epoll.close()
+        for connection in (self._listener, *waiting, *connections):
             connection.close()
 
     def _missing(self) -> list[int]:
         return sorted(self._expected - self._ranks.keys())
 
-    def _wait(self, is_late: Callable[[_Rank], bool], events: int, deadline_s: float) -> str:
+    def _wait(self, is_late: Callable[[RemoteRank], bool], events: int, deadline_s: float) -> str:
         """Wait until no rank is late; return a description of those that are at the deadline."""
         while True:
             for rank in self._ranks.values():
@@ -207,64 +202,75 @@ class RemoteStepWriter:
             late_fds = {rank.connection.fileno() for rank in late}
             ready = _poll({fd: events if fd in late_fds else select.POLLIN for fd in by_fd}, left_s)
             for fd in ready:
-                self._take_acknowledgements(by_fd[fd])
+                self._read(by_fd[fd])
 
-    def _flush(self, rank: _Rank) -> None:
+    def _flush(self, rank: RemoteRank) -> None:
         try:
             rank.flush()
         except OSError as error:
             self._lose(rank, error)
 
-    def _take_acknowledgements(self, rank: _Rank) -> None:
+    def _read(self, rank: RemoteRank) -> None:
+        if rank.is_lost:
+            return
         try:
-            rank.take_acknowledgements()
+            rank.read()
         except OSError as error:
             self._lose(rank, error)
 
-    def _lose(self, rank: _Rank, error: OSError) -> None:
-        self._loss = f"{rank.name} is gone: {error.strerror}; {rank.describe(self._sequence)}"
+    def _lose(self, rank: RemoteRank, error: OSError) -> NoReturn:
+        if not rank.is_lost:
+            rank.is_lost = True
+            self._epoll.unregister(rank.connection)
+        self._loss = self._loss or f"{rank.name} is gone: {error.strerror}; {rank.describe(self._sequence)}"
         raise PeerLostError(self._loss) from error
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            connection, _ = self._listener.accept()
+            connection, address = self._listener.accept()
             connection.setblocking(False)
             set_options(connection)
             # Not readable before the hello is whole, so that half a hello keeps nobody busy.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, HELLO.size)
-            self._waiting[connection.fileno()] = connection
+            stranger = _Stranger(connection, join_address(*address[:2]), make_nonce())
+            self._waiting[connection.fileno()] = stranger
+            self._epoll.register(connection, select.EPOLLIN)
+            connection.send(pack_greeting(stranger.nonce))
 
-    def _admit(self, connection: socket.socket) -> None:
+    def _admit(self, fd: int) -> None:
         """Let in, or refuse, whoever has said hello."""
-        del self._waiting[connection.fileno()]
+        stranger = self._waiting.pop(fd)
+        self._epoll.unregister(fd)
+        connection = stranger.connection
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(connection.close)
-            address = "a host that is gone"
             try:
-                address = join_address(*connection.getpeername()[:2])
-                reason, rank = self._check(connection.recv(HELLO.size))
+                reason, rank, theirs = self._check(connection.recv(HELLO.size), stranger.nonce)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-                connection.send(pack_answer(reason))
+                connection.send(pack_answer(reason, theirs, self._token))
             except OSError as error:
                 reason = str(error.strerror)
             if reason:
-                _LOG.warning("refused a connection from %s: %s", address, reason)
+                _LOG.warning("refused a connection from %s: %s", stranger.address, reason)
                 return
             cleanup.pop_all()
-        self._ranks[rank] = _Rank(rank, connection, address)
+        self._ranks[rank] = RemoteRank(rank, connection, stranger.address)
+        self._epoll.register(connection, select.EPOLLIN)
 
-    def _check(self, hello: bytes) -> tuple[str, int]:
-        """Return why whoever said this hello is not let in, empty if it is, and its rank."""
-        magic, version, epoch, rank, _ = HELLO.unpack(hello.ljust(HELLO.size, b"\0"))
+    def _check(self, hello: bytes, nonce: bytes) -> tuple[str, int, bytes]:
+        """Return why whoever said this hello is not let in, empty if it is, its rank and its nonce."""
+        whole = hello.ljust(HELLO.size, b"\0")
+        magic, version, epoch, rank, theirs, _ = HELLO.unpack(whole)
+        reason = ""
         if (magic, version) != (MAGIC, VERSION):
-            return f"it began with {hello[:12]!r}; expected a tprt rank that speaks version {VERSION}", rank
-        if not hmac.compare_digest(hello, pack_hello(epoch, rank, self._token)):
-            return "it does not know the token of this deployment", rank
-        if epoch != self._epoch:
-            return f"it was started for epoch {epoch}; this is epoch {self._epoch}", rank
-        if rank not in self._missing():
-            return f"it calls itself rank {rank}; expected one of {self._missing()}", rank
-        return "", rank
+            reason = f"it began with {hello[:12]!r}; expected a tprt rank that speaks version {VERSION}"
+        elif not is_hello_proven(whole, nonce, self._token):
+            reason = "it does not know the token of this deployment"
+        elif epoch != self._epoch:
+            reason = f"it was started for epoch {epoch}; this is epoch {self._epoch}"
+        elif rank not in self._missing():
+            reason = f"it calls itself rank {rank}; expected one of {self._missing()}"
+        return reason, rank, theirs
 
 
 def _poll(events: dict[int, int], timeout_s: float) -> list[int]:

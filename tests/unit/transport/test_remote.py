@@ -15,8 +15,9 @@ import pytest
 
 from tests.unit.transport.groups import later
 from tprt.errors import PeerLostError, SequenceGapError, TransportError, TransportTimeoutError
+from tprt.transport.channel import ControlEvent
 from tprt.transport.remote_reader import RemoteStepReader
-from tprt.transport.remote_wire import FRAME, pack_answer
+from tprt.transport.remote_wire import FRAME, HELLO, pack_answer, pack_greeting, pack_hello
 from tprt.transport.remote_writer import RemoteStepWriter
 
 WAIT_S = 10.0
@@ -220,7 +221,7 @@ def test_a_rank_that_connects_twice_is_refused(writer: RemoteStepWriter, pool: T
             future.result().close()
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\nHost: " + b"x" * 60, b"tprtstep", b""])
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\nHost: " + b"x" * 90, b"tprtstep", b""])
 def test_strangers_keep_nobody_out(
     writer: RemoteStepWriter, pool: ThreadPoolExecutor, said: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -312,7 +313,65 @@ def close_before_answering(listener: socket.socket) -> None:
 def answer_by_halves(listener: socket.socket) -> None:
     connection, _ = listener.accept()
     with connection:
-        connection.sendall(pack_answer("not today")[:6])
+        connection.sendall(pack_greeting(bytes(32)))
+        connection.recv(HELLO.size, socket.MSG_WAITALL)
+        connection.sendall(pack_answer("not today", bytes(32), TOKEN)[:38])
+
+
+def let_in_without_the_token(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(pack_greeting(bytes(32)))
+        connection.recv(HELLO.size, socket.MSG_WAITALL)
+        connection.sendall(pack_answer("", bytes(32), b"guessed"))
+
+
+def test_a_rank_takes_no_steps_from_a_writer_that_does_not_know_the_token(no_descriptor_is_left: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            later(0.0, let_in_without_the_token, listener),
+            pytest.raises(TransportError, match=r"127\.0\.0\.1.*does not know the token of this deployment"),
+        ):
+            RemoteStepReader.connect(address, epoch=0, rank=1, token=TOKEN, timeout_s=WAIT_S)
+
+
+def test_a_hello_that_was_overheard_does_not_open_the_lane_again(writer: RemoteStepWriter) -> None:
+    host, port = "127.0.0.1", int(writer.address.rpartition(":")[2])
+    hellos = [pack_hello(4, 3, bytes(32), bytes(32), TOKEN)]
+    with socket.create_connection((host, port)) as stranger:
+        stranger.sendall(hellos[0])
+        with pytest.raises(TransportTimeoutError):
+            writer.accept_all(0.3)
+        said = stranger.recv(4096)
+    assert b"it does not know the token" in said
+
+
+def next_event(writer: RemoteStepWriter) -> ControlEvent | None:
+    select.select([writer.fileno()], [], [], WAIT_S)
+    return writer.next_event()
+
+
+def test_what_ranks_say_and_their_ends_come_out_as_events_in_order(lanes: Lanes) -> None:
+    writer, readers = lanes
+    assert writer.next_event() is None
+    large = random.Random(0).randbytes(1_000_000)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(readers[1].send_control, large, WAIT_S)
+        events = []
+        while not events:
+            if (event := next_event(writer)) is not None:
+                events.append(event)
+        sending.result(WAIT_S)
+    assert events == [ControlEvent(3, large)]
+    writer.send([b"step"], WAIT_S)
+    readers[1].send_control(b"I fail", WAIT_S)
+    assert readers[1].receive(WAIT_S) == b"step"
+    readers[1].close()
+    time.sleep(0.05)
+    assert next_event(writer) == ControlEvent(3, b"I fail")
+    assert writer.next_event() == ControlEvent(3, None)
+    assert writer.next_event() is None
 
 
 @pytest.mark.parametrize("behave", [close_before_answering, answer_by_halves])
@@ -336,3 +395,23 @@ def test_what_is_no_address_is_refused(address: str, no_descriptor_is_left: None
 def test_an_interface_of_another_host_is_refused(no_descriptor_is_left: None) -> None:
     with pytest.raises(TransportError, match=r"cannot listen on tcp://192.0.2.1:0"):
         RemoteStepWriter.listen("tcp://192.0.2.1:0", epoch=0, ranks=[1], token=TOKEN)
+
+
+def test_an_acknowledgement_waits_behind_a_control_message_that_nobody_has_read_yet(lanes: Lanes) -> None:
+    writer, readers = lanes
+    large = bytes(4_000_000)
+    with ThreadPoolExecutor(2) as pool:
+        writer.send([b"step"], WAIT_S)
+        sending = pool.submit(readers[1].send_control, large, WAIT_S)
+        time.sleep(0.1)
+        receiving = pool.submit(readers[1].receive, WAIT_S)
+        time.sleep(0.1)
+        assert not sending.done()
+        assert not receiving.done()
+        while (event := next_event(writer)) is None:
+            pass
+        sending.result(WAIT_S)
+        assert receiving.result(WAIT_S) == b"step"
+    assert event == ControlEvent(3, large)
+    writer.send([b"next"], WAIT_S)
+    assert readers[1].receive(WAIT_S) == b"next"
