@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from launch import bench_command, config_command
+from launch import config_command
+from launch.bench import command as bench_command
 from launch.chat_command import chat
 from launch.failure import INPUT_ERRORS
 from launch.generate_command import generate
-from launch.plan_command import plan
-from launch.serve_command import serve
+from launch.planning.command import plan
+from launch.serving.command import serve
 from launch.status_command import status
 from launch.stop_command import stop
 from tprt.errors import TprtError

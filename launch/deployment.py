@@ -16,10 +16,10 @@ from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
 from launch.parent_death import RUN_DIR
+from launch.planning.rank_weights import resolve_rank_weights
 from launch.program_end import ProgramEnd
-from launch.rank_weights import resolve_rank_weights
 from launch.run_dir import RunDir, newest_heartbeats, request_address, write_config
-from launch.server_record import read_server
+from launch.serving.record import read_server
 from launch.supervisor import Supervisor
 from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
@@ -84,7 +84,7 @@ class Deployment:
 
     def _make_server(self, fd: int, api_keys: Sequence[str]) -> ChildSpec:
         env = {RUN_DIR: str(self._run_dir.path), LISTENER_FD: str(fd), API_KEYS: " ".join(api_keys)}
-        return ChildSpec("server", "launch.server_entry", env, (fd,))
+        return ChildSpec("server", "launch.serving.entry", env, (fd,))
 
     def wait_for_server(self, client: EngineClient) -> None:
         """Wait until the server serves as well, once the ranks are ready.

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from launch.run_dir import living_run_dirs, newest_heartbeats, read_config
-from launch.server_record import ServerRecord, read_server
+from launch.serving.record import ServerRecord, read_server
 from tprt.config import SupervisionConfig
 from tprt.coordinator.stall import is_stalled
 from tprt.errors import TransportError

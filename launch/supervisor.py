@@ -24,7 +24,7 @@ from launch.child_process import ChildProcess, ChildSpec
 from launch.failure import cause_of
 from launch.group_lane import GroupLane
 from launch.rank_group import RankGroup, death_of, start_child
-from launch.server_child import ServerChild
+from launch.serving.child import ServerChild
 from tprt.config import SupervisionConfig
 from tprt.coordinator.cause import Cause, CauseKind, first_cause
 from tprt.errors import EngineDeadError

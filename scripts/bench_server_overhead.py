@@ -3,7 +3,7 @@
     python scripts/bench_server_overhead.py
     python scripts/bench_server_overhead.py --endpoint chat --streams 64,256 --steps-per-s 50 --json
 
-How it is measured. The server is the real one: the process that `tprt serve` starts (`launch.server_entry`),
+How it is measured. The server is the real one: the process that `tprt serve` starts (`launch.serving.entry`),
 with its tokenizer, its routes and uvicorn. In the place of coordinator and ranks is stand_in_coordinator.py,
 which answers on the same ZeroMQ lane and gives every request a made-up token of the model's vocabulary at each
 step, at a fixed rate. The client of `tprt bench serve`, in this process, opens `--streams` streams at once, of
@@ -36,18 +36,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from launch.bench_rows import print_rows, split_numbers
-from launch.bench_serve_http import HttpClient, HttpError
-from launch.bench_serve_load import Lengths, RequestForm
-from launch.bench_serve_run import Load, run_load
-from launch.bench_serve_stream import PATHS, Endpoint, RequestResult, StreamTimes
+from launch.bench.rows import print_rows, split_numbers
+from launch.bench.serve_http import HttpClient, HttpError
+from launch.bench.serve_load import Lengths, RequestForm
+from launch.bench.serve_run import Load, run_load
+from launch.bench.serve_stream import PATHS, Endpoint, RequestResult, StreamTimes
 from launch.child import API_KEYS, LISTENER_FD
 from launch.child_log import LogTee
 from launch.child_process import ChildProcess, ChildSpec
 from launch.config_file import load_config
-from launch.http_socket import listen, url_of
 from launch.parent_death import RUN_DIR
 from launch.run_dir import RunDir, request_address, write_config
+from launch.serving.http_socket import listen, url_of
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 
@@ -86,7 +86,7 @@ def served(config: Config, steps_per_s: float) -> Iterator[Server]:
     try:
         with listen(config.server, False) as listener:
             env = {RUN_DIR: str(run_dir.path), LISTENER_FD: str(listener.fileno()), API_KEYS: ""}
-            spec = ChildSpec("server", "launch.server_entry", env, (listener.fileno(),))
+            spec = ChildSpec("server", "launch.serving.entry", env, (listener.fileno(),))
             server = ChildProcess.start(spec, LogTee())
             try:
                 yield Server(url_of(listener, config.server), server.pid, config)

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jsonschema_rs
 
-from launch.bench_serve_http import HttpClient, HttpError
-from launch.bench_serve_run import first_model
+from launch.bench.serve_http import HttpClient, HttpError
+from launch.bench.serve_run import first_model
 from scripts.soak_server import DEMO
 from scripts.soak_server_process import ServedDeployment
 from scripts.soak_tally import Tally

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.bench_serve_load import some_text
-from launch.bench_serve_stream import Endpoint
+from launch.bench.serve_load import some_text
+from launch.bench.serve_stream import Endpoint
 from launch.llm import LLM
 from tprt.messages import SamplingParams
 from tprt.server.completion import Completion

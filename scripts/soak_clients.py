@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from launch.bench_serve_http import HttpClient, HttpError, Response
-from launch.bench_serve_parser import BadResponseError, ResponseParser
-from launch.bench_serve_stream import PATHS, RequestResult, StreamTimes
+from launch.bench.serve_http import HttpClient, HttpError, Response
+from launch.bench.serve_parser import BadResponseError, ResponseParser
+from launch.bench.serve_stream import PATHS, RequestResult, StreamTimes
 from scripts.soak_bad_requests import BadRequest, bad_requests, cut, post
 from scripts.soak_cases import Case
 from scripts.soak_tally import Tally

@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from launch.bench_serve_http import HttpClient
-from launch.bench_serve_load import RequestForm
-from launch.bench_serve_run import first_model
+from launch.bench.serve_http import HttpClient
+from launch.bench.serve_load import RequestForm
+from launch.bench.serve_run import first_model
 from scripts.soak_cases import Case, make_cases
 from scripts.soak_clients import Client, Target
 from scripts.soak_server_process import ServedDeployment

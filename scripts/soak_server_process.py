@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.program_end import ProgramEnd
-from launch.server_record import read_server
+from launch.serving.record import read_server
 from scripts.chaos_traces import (
     MARK,
     Lines,
@@ -32,7 +32,7 @@ _TPRT = Path(sys.executable).parent / "tprt"
 _START_S = 120.0
 _STOP_S = 60.0
 _GONE_S = 5.0
-_MODULES = {"launch.server_entry": "server", "launch.coordinator_entry": "coordinator"}
+_MODULES = {"launch.serving.entry": "server", "launch.coordinator_entry": "coordinator"}
 _RANK = "launch.worker_entry"
 
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
-from launch.bench_serve_http import HttpClient, HttpError
+from launch.bench.serve_http import HttpClient, HttpError
 from scripts.soak_server_process import ServedDeployment
 from scripts.soak_tally import Tally
 from scripts.soak_watch import Sample, second_half

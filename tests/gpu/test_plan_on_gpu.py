@@ -10,8 +10,8 @@ import torch
 
 from launch import LLM, SamplingParams
 from launch.cuda_devices import look_at_devices, look_from_outside
-from launch.plan import plan_deployment
-from launch.plan_memory import RankMemory, detected_memory
+from launch.planning.memory import RankMemory, detected_memory
+from launch.planning.plan import plan_deployment
 from tests.support.checkpoint_layouts import QWEN3_600M
 from tests.support.local_engine import LocalEngine
 from tprt.checkpoint_config import read_checkpoint_config

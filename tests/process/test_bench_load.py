@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import load_ranks
-from launch.bench_load import bench_load
-from launch.load_peers import installed_peers
-from launch.load_ranks import LoadRanks, TeamLoad, running_ranks
+from launch.bench import load_ranks
+from launch.bench.load import bench_load
+from launch.bench.load_peers import installed_peers
+from launch.bench.load_ranks import LoadRanks, TeamLoad, running_ranks
 from tests.support.checkpoints import TinyModel, save_tiny
 from tests.support.deployments import TPRT, descendants, start, still_there
 from tprt.config import Config

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import bench_step as bench
-from launch.bench_step import StepWorkload, bench_step
+from launch.bench import step as bench
+from launch.bench.step import StepWorkload, bench_step
 from tprt.config import Config
 from tprt.errors import ConfigError, EngineDeadError
 

@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 
-from launch.bench_allreduce import run_allreduce_bench
+from launch.bench.allreduce import run_allreduce_bench
 from tprt.errors import TransportError
 
 

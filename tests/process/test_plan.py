@@ -8,7 +8,7 @@ import pytest
 
 from launch import LLM, SamplingParams
 from launch.config_file import load_config
-from launch.plan import plan_deployment
+from launch.planning.plan import plan_deployment
 from tests.support.deployments import TinyDeployment
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.server_record import read_server
+from launch.serving.record import read_server
 from launch.status import Signs, look_at
 from tests.support.checkpoints import TinyModel
 from tests.support.deployments import TPRT, TinyDeployment, descendants, make_tiny_deployment, still_there
@@ -214,7 +214,7 @@ def test_with_certificate_and_key_it_speaks_tls_to_who_has_the_key_which_no_othe
         assert served.ask("GET", "/health")[0] == 200
         answers = [served.ask("GET", "/v1/models", key=key)[0] for key in (None, "sk-other", "sk-mine")]
         assert answers == [401, 401, 200]
-        others = [pid for pid in descendants(served.process.pid) if "server_entry" not in command_of(pid)]
+        others = [pid for pid in descendants(served.process.pid) if "serving.entry" not in command_of(pid)]
         assert len(others) == 3
         assert not [pid for pid in others if b"sk-mine" in Path(f"/proc/{pid}/environ").read_bytes()]
         served.process.kill()

@@ -70,7 +70,7 @@ def served_by(script: subprocess.Popen[str]) -> Path:
         for pid in descendants(script.pid):
             # It may end at any moment.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if b"launch.server_entry" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"launch.serving.entry" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                     return next(Path(os.fsdecode(one[7:])) for one in variables if one[:7] == b"TMPDIR=")
         time.sleep(0.02)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launch.bench_serve_http import HttpClient
-from launch.bench_serve_load import Lengths, RequestForm
-from launch.bench_serve_run import (
+from launch.bench.serve_http import HttpClient
+from launch.bench.serve_load import Lengths, RequestForm
+from launch.bench.serve_run import (
     EndpointError,
     Load,
     LoadOutcome,
@@ -23,7 +23,7 @@ from launch.bench_serve_run import (
     first_model,
     run_load,
 )
-from launch.bench_serve_stream import Endpoint, RequestResult, StreamTimes
+from launch.bench.serve_stream import Endpoint, RequestResult, StreamTimes
 from tests.support.sse_server import (
     Answer,
     Request,

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from launch.bench_serve_load import Lengths, RequestForm, arrival_times
+from launch.bench.serve_load import Lengths, RequestForm, arrival_times
 
 
 def draw(seed: int) -> np.random.Generator:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.bench_serve_parser import BadResponseError, EventParser, ResponseParser
+from launch.bench.serve_parser import BadResponseError, EventParser, ResponseParser
 
 CHUNKED = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch.bench_serve_report import details_of, figures_of, parse_goodput, table, tpot_s
-from launch.bench_serve_stream import RequestResult
+from launch.bench.serve_report import details_of, figures_of, parse_goodput, table, tpot_s
+from launch.bench.serve_stream import RequestResult
 from tprt.errors import ConfigError
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.all_reduce_time import SOURCES, all_reduce_us
-from launch.bandwidth import measure_cpu_gbs, peak_gbs
-from launch.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer
+from launch.planning.all_reduce_time import SOURCES, all_reduce_us
+from launch.planning.bandwidth import measure_cpu_gbs, peak_gbs
+from launch.planning.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer
 from tprt.sharding import ModelShape, make_shard_plan
 
 QWEN3_8B = ModelShape(4096, 12288, 36, 32, 8, 128, 151936, False)

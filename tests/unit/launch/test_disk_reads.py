@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import disk_reads
-from launch.disk_reads import (
+from launch.bench import disk_reads
+from launch.bench.disk_reads import (
     cached_share,
     disk_bytes_read,
     empty_cache,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.http_socket import API_KEY, check_certificate, listen, take_api_keys, url_of
+from launch.serving.http_socket import API_KEY, check_certificate, listen, take_api_keys, url_of
 from tests.support.serving import make_certificate
 from tprt.config import ServerConfig
 from tprt.errors import ConfigError

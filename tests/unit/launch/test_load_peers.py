@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.load_peers import Peer, installed_peers, load_slices, load_whole_tensors
+from launch.bench.load_peers import Peer, installed_peers, load_slices, load_whole_tensors
 from tests.support.checkpoints import TinyModel, save_tiny
 from tprt.attention import make_attention_backend
 from tprt.checkpoint_config import read_checkpoint_config

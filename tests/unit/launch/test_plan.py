@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.plan import plan_deployment
-from launch.plan_memory import RankMemory
+from launch.planning.memory import RankMemory
+from launch.planning.plan import plan_deployment
 from tests.support.checkpoints import TinyModel, save_tiny
 from tests.support.local_engine import LocalEngine, make_config
 from tprt.checkpoint_config import read_checkpoint_config

@@ -11,7 +11,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from launch.plan_command import plan
+from launch.planning.command import plan
 from tests.support.checkpoint_layouts import QWEN3_600M
 from tprt.errors import ConfigError
 

@@ -8,8 +8,8 @@ from typing import Literal
 import pytest
 
 from launch.cuda_devices import CudaDevice, look_from_outside
-from launch.plan_memory import CONTEXT_BYTES, NCCL_BYTES, RankMemory, detected_memory, parse_memory_gib
-from launch.rank_weights import resolve_rank_weights
+from launch.planning.memory import CONTEXT_BYTES, NCCL_BYTES, RankMemory, detected_memory, parse_memory_gib
+from launch.planning.rank_weights import resolve_rank_weights
 from tprt.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from tprt.errors import ConfigError, ShardPlanError
 from tprt.sharding import ModelShape, make_shard_plan

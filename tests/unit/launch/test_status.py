@@ -15,7 +15,7 @@ import typer
 
 from launch import cli, status_command
 from launch.run_dir import RunDir, heartbeats_path, living_run_dirs, newest_heartbeats, write_config
-from launch.server_record import ServerRecord, write_server
+from launch.serving.record import ServerRecord, write_server
 from launch.status import DeploymentStatus, Signs, Verdict, judge, look_at
 from tprt.config import Config, ModelConfig
 from tprt.transport.coordinator_beat import CoordinatorBeat, CoordinatorRecord

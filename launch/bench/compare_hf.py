@@ -92,7 +92,14 @@ def _hf_peer(config: Config) -> Iterator[subprocess.Popen[str]]:
     """Start transformers in a process of its own, with all the threads that our ranks have together."""
     ranks = config.parallel.tensor_parallel_size
     threads = ranks * (config.runtime.num_threads or threads_per_rank(ranks))
-    command = [sys.executable, "-m", "launch.hf_peer", config.model.path, config.model.dtype, str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.bench.hf_peer",
+        config.model.path,
+        config.model.dtype,
+        str(threads),
+    ]
     quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
     try:

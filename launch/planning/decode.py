@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launch.all_reduce_time import SOURCES, all_reduce_us
-from launch.bandwidth import SHARE_OF_PEAK, measure_cpu_gbs, peak_gbs
 from launch.cuda_devices import CudaDevice
-from launch.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer
 from launch.devices import choose_all_reduce
-from launch.plan import DeploymentPlan, cuda_budget, planned_device
-from launch.plan_memory import RankMemory
+from launch.planning.all_reduce_time import SOURCES, all_reduce_us
+from launch.planning.bandwidth import SHARE_OF_PEAK, measure_cpu_gbs, peak_gbs
+from launch.planning.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer
+from launch.planning.memory import RankMemory
+from launch.planning.plan import DeploymentPlan, cuda_budget, planned_device
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 from tprt.errors import ConfigError

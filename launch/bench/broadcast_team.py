@@ -22,7 +22,7 @@ from multiprocessing.context import ForkProcess
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
-from launch.broadcast_peers import (
+from launch.bench.broadcast_peers import (
     HEAD_BYTES,
     TRANSPORTS,
     WAIT_S,

@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launch.bench_serve_http import HttpClient
-from launch.bench_serve_load import Lengths, RequestForm
-from launch.bench_serve_report import Figures, details_of, figures_of, parse_goodput, table
-from launch.bench_serve_run import Load, LoadOutcome, find_vocab_size, first_model, run_load
-from launch.bench_serve_stream import PATHS, Endpoint, RequestResult
+from launch.bench.serve_http import HttpClient
+from launch.bench.serve_load import Lengths, RequestForm
+from launch.bench.serve_report import Figures, details_of, figures_of, parse_goodput, table
+from launch.bench.serve_run import Load, LoadOutcome, find_vocab_size, first_model, run_load
+from launch.bench.serve_stream import PATHS, Endpoint, RequestResult
 from tprt.errors import ConfigError
 
 _EXIT_OK = 0

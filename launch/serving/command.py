@@ -11,9 +11,9 @@ import typer
 
 from launch.config_file import load_config
 from launch.deployment import Deployment
-from launch.http_socket import check_certificate, listen, take_api_keys, url_of
 from launch.options import ConfigArgument, SetOption
 from launch.program_end import PutOffEnd
+from launch.serving.http_socket import check_certificate, listen, take_api_keys, url_of
 from tprt.config import Config
 from tprt.log import configure_logging
 from tprt.server.engine_client import EngineClient

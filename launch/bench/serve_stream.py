@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.bench_serve_http import HttpClient, HttpError
-from launch.bench_serve_parser import EventParser
+from launch.bench.serve_http import HttpClient, HttpError
+from launch.bench.serve_parser import EventParser
 
 Endpoint = Literal["completions", "chat"]
 PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.bench_serve_http import HttpClient, HttpError, Response
-from launch.bench_serve_load import Lengths, RequestForm, arrival_times, some_text
-from launch.bench_serve_stream import RequestResult, stream_request
+from launch.bench.serve_http import HttpClient, HttpError, Response
+from launch.bench.serve_load import Lengths, RequestForm, arrival_times, some_text
+from launch.bench.serve_stream import RequestResult, stream_request
 from tprt.errors import ConfigError, TprtError
 
 _ASK_S = 30.0

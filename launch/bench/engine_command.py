@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch.bench_rows import print_rows, split_numbers
+from launch.bench.rows import print_rows, split_numbers
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
 
@@ -24,7 +24,7 @@ def throughput(
     set_: SetOption = None,
 ) -> None:
     """Output tokens per second of many requests at once; by default the benchmark of nano-vllm."""
-    from launch.bench_engine import ThroughputWorkload, bench_throughput
+    from launch.bench.engine import ThroughputWorkload, bench_throughput
 
     workload = ThroughputWorkload(num_seqs, min_len, max_len, temperature)
     print_rows(bench_throughput(load_config(config, set_ or ()), workload, repeats), as_json)
@@ -40,7 +40,7 @@ def latency(
     set_: SetOption = None,
 ) -> None:
     """Time to first token and milliseconds per decode step of batches that start together."""
-    from launch.bench_engine import bench_latency
+    from launch.bench.engine import bench_latency
 
     sizes = split_numbers("--batch-size", batch_size)
     rows = bench_latency(load_config(config, set_ or ()), sizes, input_len, output_len, repeats)
@@ -51,6 +51,6 @@ def startup(
     config: ConfigArgument, repeats: RepeatsOption = 1, as_json: JsonOption = False, set_: SetOption = None
 ) -> None:
     """Seconds from the start of the processes to the first token, by phase and rank."""
-    from launch.bench_engine import bench_startup
+    from launch.bench.engine import bench_startup
 
     print_rows(bench_startup(load_config(config, set_ or ()), repeats), as_json)

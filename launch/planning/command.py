@@ -15,8 +15,8 @@ from tprt.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.cuda_devices import CudaDevice
-    from launch.plan import DeploymentPlan
-    from launch.plan_memory import RankMemory
+    from launch.planning.memory import RankMemory
+    from launch.planning.plan import DeploymentPlan
 
 
 def plan(
@@ -45,9 +45,9 @@ def plan(
     cache.cpu_memory_gib of a CPU rank, unless cache.num_blocks is set.
     """
     # torch is imported for this command only
-    from launch.plan import plan_deployment
-    from launch.plan_decode import DecodeOptions, forecast_decode
-    from launch.plan_table import print_plan, to_json
+    from launch.planning.decode import DecodeOptions, forecast_decode
+    from launch.planning.plan import plan_deployment
+    from launch.planning.table import print_plan, to_json
 
     settings, devices, memory = _resolve(load_config(config, set_ or ()), memory_gib)
     planned = plan_deployment(settings, memory)
@@ -65,9 +65,9 @@ def _resolve(
 ) -> tuple[Config, Sequence[CudaDevice], Sequence[RankMemory] | None]:
     """Return settings that leave nothing open, this host's GPUs if they matter, and the memory of each rank."""
     from launch.cuda_devices import look_at_devices
-    from launch.plan import planned_device
-    from launch.plan_memory import detected_memory, given_memory, parse_memory_gib
-    from launch.rank_weights import fit_to_memory, resolve_rank_weights
+    from launch.planning.memory import detected_memory, given_memory, parse_memory_gib
+    from launch.planning.plan import planned_device
+    from launch.planning.rank_weights import fit_to_memory, resolve_rank_weights
 
     num_ranks = config.parallel.tensor_parallel_size
     if memory_gib:

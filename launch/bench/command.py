@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from launch import bench_engine_command, bench_serve_command
-from launch.bench_rows import print_rows, split_numbers
+from launch.bench import engine_command as bench_engine_command
+from launch.bench import serve_command as bench_serve_command
+from launch.bench.rows import print_rows, split_numbers
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
 from tprt.errors import ConfigError
@@ -30,7 +31,7 @@ def compare_hf(
     set_: SetOption = None,
 ) -> None:
     """Tokens per second beside transformers' generate, same model, dtype and threads."""
-    from launch.bench_compare_hf import Workload, compare_with_hf
+    from launch.bench.compare_hf import Workload, compare_with_hf
 
     workloads = [Workload(batch, prompt_len, new_tokens) for batch in split_numbers("--batches", batches)]
     print_rows(compare_with_hf(load_config(config, set_ or ()), workloads, repeats), as_json)
@@ -48,8 +49,8 @@ def scaling(
     set_: SetOption = None,
 ) -> None:
     """Tokens per second on several numbers of ranks, and the ratio to the first, on the same cores."""
-    from launch.bench_compare_hf import Workload
-    from launch.bench_scaling import bench_scaling
+    from launch.bench.compare_hf import Workload
+    from launch.bench.scaling import bench_scaling
 
     workloads = [Workload(batch, prompt_len, new_tokens) for batch in split_numbers("--batches", batches)]
     counts = split_numbers("--ranks", ranks)
@@ -76,7 +77,7 @@ def broadcast(
     p50 and p99 are one way, over all readers, with a random pause of 0.5 to 1.5 times --gap-us once the slowest
     reader has the message before; messages per second are without a pause.
     """
-    from launch.bench_broadcast import Pace, bench_broadcast, bench_idle
+    from launch.bench.broadcast import Pace, bench_broadcast, bench_idle
 
     counts, sizes = split_numbers("--readers", readers), split_numbers("--bytes", num_bytes)
     pace = Pace(gap_us / 1e6, seconds)
@@ -104,7 +105,7 @@ def step(
     ready last. Not in it: `answer`, rank 0's way back, and `news`, the message to the client, encoded and not
     sent. `step` is the whole turn of the coordinator's loop.
     """
-    from launch.bench_step import StepWorkload, bench_step
+    from launch.bench.step import StepWorkload, bench_step
 
     workload = StepWorkload(num_seqs, context_len, steps, temperature)
     print_rows(bench_step(load_config(config, set_ or ()), workload), as_json)
@@ -120,7 +121,7 @@ def allreduce(
     as_json: JsonOption = False,
 ) -> None:
     """The sum over CPU ranks through shared memory, beside gloo."""
-    from launch.bench_allreduce import run_allreduce_bench
+    from launch.bench.allreduce import run_allreduce_bench
 
     if device != "cpu":
         raise ConfigError(f"--device {device}: the ranks of this benchmark compute on a cpu")
@@ -147,7 +148,7 @@ def load(
     `all read` and `disk read`, over the size of all tensors, are what all ranks asked for and what the kernel
     fetched for them. `MiB over` is the most resident memory of a rank less its parameters.
     """
-    from launch.bench_load import bench_load, for_people
+    from launch.bench.load import bench_load, for_people
 
     rows = bench_load(load_config(config, set_ or ()), split_numbers("--ranks", ranks), repeats)
     print_rows(rows if as_json else [for_people(row) for row in rows], as_json)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from launch.bench_compare_hf import Workload, time_run
+from launch.bench.compare_hf import Workload, time_run
 from launch.llm import LLM
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config

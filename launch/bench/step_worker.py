@@ -1,4 +1,4 @@
-"""One rank of `tprt bench step`: `python -m launch.bench_step_worker`, started by the bench.
+"""One rank of `tprt bench step`: `python -m launch.bench.step_worker`, started by the bench.
 
 It receives, decodes and prepares every step as a worker does; instead of a model, the tokens are made up at
 once. Ends with `Shutdown`, or when the bench is gone. Knows nothing of how the times are shown.

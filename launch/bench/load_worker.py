@@ -1,4 +1,4 @@
-"""One rank of `tprt bench load`: `python -m launch.bench_load_worker`, started by the bench.
+"""One rank of `tprt bench load`: `python -m launch.bench.load_worker`, started by the bench.
 
 It imports what is needed and then forks a process for each measurement, so that each fills memory that is new
 to it, as a start does, and none waits for imports. That process builds the rank's part of the model, says so,
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import nn
 
+from launch.bench.disk_reads import disk_bytes_read, peak_memory_bytes, reset_peak_memory
+from launch.bench.load_peers import installed_peers
 from launch.devices import threads_per_rank
-from launch.disk_reads import disk_bytes_read, peak_memory_bytes, reset_peak_memory
-from launch.load_peers import installed_peers
 from launch.parent_death import PARENT_PID, die_with_parent
 from tprt.attention import make_attention_backend
 from tprt.checkpoint_config import read_checkpoint_config

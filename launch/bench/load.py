@@ -26,8 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.bench_load_worker import TPRT, Loaded
-from launch.disk_reads import (
+from launch.bench.disk_reads import (
     cached_share,
     empty_cache,
     fill_cache,
@@ -35,8 +34,9 @@ from launch.disk_reads import (
     settle_disk,
     settle_memory,
 )
-from launch.load_peers import installed_peers
-from launch.load_ranks import LoadRanks, TeamLoad, running_ranks
+from launch.bench.load_peers import installed_peers
+from launch.bench.load_ranks import LoadRanks, TeamLoad, running_ranks
+from launch.bench.load_worker import TPRT, Loaded
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 from tprt.errors import CheckpointError, ConfigError

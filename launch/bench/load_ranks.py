@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from launch.bench_load_worker import NEWS, ORDERS, PLACES, Loaded, News, Order, Place, Task
+from launch.bench.load_worker import NEWS, ORDERS, PLACES, Loaded, News, Order, Place, Task
 from launch.parent_death import PARENT_PID
 from launch.program_end import ProgramEnd
 from tprt.errors import EngineDeadError
@@ -62,7 +62,7 @@ class LoadRanks:
             self._connections.append(ours)
             with theirs:
                 place = Place(rank, world_size, self._folder, theirs.fileno())
-                command = [sys.executable, "-m", "launch.bench_load_worker", PLACES.dump_json(place).decode()]
+                command = [sys.executable, "-m", "launch.bench.load_worker", PLACES.dump_json(place).decode()]
                 self._processes.append(
                     subprocess.Popen(
                         command, env=environment, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),)

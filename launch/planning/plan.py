@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.plan_memory import RankMemory
+from launch.planning.memory import RankMemory
 from tprt.attention import make_attention_backend
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config

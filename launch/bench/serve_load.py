@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.bench_serve_stream import Endpoint
+from launch.bench.serve_stream import Endpoint
 
 # Short and common, so that each is about one token whatever the tokenizer.
 _TEXT = (

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from launch.bench_serve_stream import RequestResult
+from launch.bench.serve_stream import RequestResult
 from tprt.errors import ConfigError
 
 PERCENTILES = (50, 90, 95, 99)

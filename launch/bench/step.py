@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.bench_step_worker import EPOCH, BenchRank, socket_path, times_path
+from launch.bench.step_worker import EPOCH, BenchRank, socket_path, times_path
 from launch.parent_death import PARENT_PID
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, SupervisionConfig
@@ -184,7 +184,7 @@ def _ranks(places: Sequence[BenchRank]) -> Iterator[list[subprocess.Popen[bytes]
     environment = {**os.environ, PARENT_PID: str(os.getpid())}
     try:
         for place in places:
-            command = [sys.executable, "-m", "launch.bench_step_worker", place.to_json()]
+            command = [sys.executable, "-m", "launch.bench.step_worker", place.to_json()]
             ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
         yield ranks
     finally:

@@ -1,4 +1,4 @@
-"""The process of the HTTP server: `python -m launch.server_entry`, started by tprt. It never imports torch.
+"""The process of the HTTP server: `python -m launch.serving.entry`, started by tprt. It never imports torch.
 
 The listening socket is the launcher's, so that it outlives this process; API keys come in the environment, from
 which they are removed.
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from launch.checkpoint_tokenizer import open_tokenizer
 from launch.child import API_KEYS, LISTENER_FD, run_child
-from launch.http_server import serve
-from launch.http_socket import url_of
 from launch.run_dir import newest_heartbeats, read_config, request_address
-from launch.server_record import ServerRecord, write_server
+from launch.serving.http_server import serve
+from launch.serving.http_socket import url_of
+from launch.serving.record import ServerRecord, write_server
 from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
 from tprt.errors import TransportError

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.broadcast_peers import HEAD_BYTES, OURS, TRANSPORTS
-from launch.broadcast_team import Heard, Spoken, Team, running
+from launch.bench.broadcast_peers import HEAD_BYTES, OURS, TRANSPORTS
+from launch.bench.broadcast_team import Heard, Spoken, Team, running
 from tprt.errors import ConfigError
 
 BenchRow = dict[str, int | float | str]

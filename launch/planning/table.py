@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.decode_time import DecodeTime
-from launch.plan import DeploymentPlan, RankPlan
-from launch.plan_decode import DecodeForecast
+from launch.planning.decode import DecodeForecast
+from launch.planning.decode_time import DecodeTime
+from launch.planning.plan import DeploymentPlan, RankPlan
 from tprt.worker.memory_budget import gib
 
 _MIB = 2**20

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from launch.bench_serve_parser import BadResponseError, ResponseParser
+from launch.bench.serve_parser import BadResponseError, ResponseParser
 from tprt.errors import ConfigError
 
 # Of an answer that is not a stream: an error, a list of models.

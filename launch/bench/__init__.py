@@ -1,0 +1,1 @@
+"""`tprt bench`: measurements, with a peer beside in the same run."""

@@ -1,0 +1,1 @@
+"""`tprt serve`: the HTTP server's process, its socket, and the command."""
