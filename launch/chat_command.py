@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -15,7 +16,15 @@ from launch.chat_session import ChatSession
 from launch.checkpoint_tokenizer import open_tokenizer
 from launch.config_file import load_config
 from launch.deployment import Deployment
-from launch.options import ConfigArgument, SetOption, StopOption, TemperatureOption, TopKOption, TopPOption
+from launch.options import (
+    ConfigArgument,
+    SetOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    chosen_sampling,
+)
 from tprt.config import Config
 from tprt.errors import CheckpointError, InvalidRequestError
 from tprt.messages import SamplingParams
@@ -33,23 +42,17 @@ def chat(
     config: ConfigArgument,
     system: Annotated[str, typer.Option(help="What to tell the model before the conversation.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     stop: StopOption = None,
     set_: SetOption = None,
 ) -> None:
     """Talk with the model, a line at a time; /help lists what else a line can be."""
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
     settings = load_config(config, set_ or ())
+    chosen = chosen_sampling(settings.model, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling = SamplingParams(**asdict(chosen), seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()))
     tokenizer = _open_tokenizer(settings)
     with Deployment(settings) as deployment:
         deployment.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,15 @@ import typer
 
 from launch.config_file import load_config
 from launch.llm import LLM
-from launch.options import ConfigArgument, SetOption, StopOption, TemperatureOption, TopKOption, TopPOption
+from launch.options import (
+    ConfigArgument,
+    SetOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    chosen_sampling,
+)
 from tprt.errors import ConfigError, InvalidRequestError
 from tprt.messages import Grammar, SamplingParams
 from tprt.server.completion import Completion
@@ -30,13 +39,15 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Send each text as a user's message.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128,
     ignore_eos: Annotated[bool, typer.Option(help="Go on past the end-of-sequence token.")] = False,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     presence_penalty: Annotated[float, typer.Option(help="Off the logit of what is in the output.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time it is there.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: rather not what was there.")] = 1.0,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: rather not what was there; left out: the model's.")
+    ] = None,
     json_schema: Annotated[
         str | None, typer.Option(metavar="FILE|JSON", help="The output fits this JSON schema.")
     ] = None,
@@ -48,10 +59,16 @@ def generate(
     set_: SetOption = None,
 ) -> None:
     """Generate text from prompts and print it, in the order of the prompts."""
-    sampling = SamplingParams(
+    settings = load_config(config, set_ or ())
+    chosen = chosen_sampling(
+        settings.model,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
+    )
+    sampling = SamplingParams(
+        **asdict(chosen),
         seed=seed,
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
@@ -59,7 +76,6 @@ def generate(
         logprobs=logprobs,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
         min_tokens=min_tokens,
         grammar=_to_grammar(json_schema, regex),
     )
@@ -68,7 +84,7 @@ def generate(
     if not texts and not ids:
         raise InvalidRequestError("no prompt: give --prompt TEXT, --prompt-ids 1,2,3 or --prompt-file FILE")
     shown = _Printer(as_json)
-    with LLM(load_config(config, set_ or ())) as llm:
+    with LLM(settings) as llm:
         _run(llm, [_encode(llm, text, chat) for text in texts] + ids, sampling, shown)
     shown.finish()
 

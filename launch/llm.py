@@ -10,7 +10,7 @@ with LLM("configs/smollm2-135m-tp2-cpu.yaml") as llm:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +24,7 @@ from tprt.errors import InvalidRequestError
 from tprt.messages import SamplingParams
 from tprt.server.completion import Completion, FinishName, TokenLogprobs
 from tprt.server.engine_client import EngineClient
+from tprt.server.sampling_defaults import read_sampling_defaults
 from tprt.server.tokenizer import Message, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -67,6 +68,7 @@ class LLM:
         if not isinstance(config, Config):
             config = load_config(str(config), overrides)
         self.config = config
+        self._default_sampling = SamplingParams(**asdict(read_sampling_defaults(config.model)))
         self.tokenizer = open_tokenizer(config.model.path)
         self._deployment = Deployment(config)
         self._client: EngineClient | None = None
@@ -93,7 +95,7 @@ class LLM:
 
         Args:
             prompts: one prompt or several.
-            sampling_params: one for all, or one for each prompt.
+            sampling_params: one for all, or one for each prompt; none: what the checkpoint recommends.
             use_tqdm: show a progress bar on standard error when that is a terminal.
 
         Raises:
@@ -101,7 +103,8 @@ class LLM:
             EngineDeadError: a process failed.
         """
         several = _as_list(prompts)
-        params = _one_for_each(sampling_params, len(several))
+        wanted = self._default_sampling if sampling_params is None else sampling_params
+        params = _one_for_each(wanted, len(several))
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         ids = [self._encode(prompt) for prompt in several]
         completions = self.run(ids, params, use_tqdm, _raise_if_refused)
@@ -204,9 +207,9 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _one_for_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise InvalidRequestError(
             f"{len(params)} sampling_params for {count} prompts; give one, or one for each"

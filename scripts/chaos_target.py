@@ -42,7 +42,7 @@ class Target:
         """Return a command line that generates once."""
         ids = [part for prompt in self.prompts for part in ("--prompt-ids", ",".join(map(str, prompt)))]
         overrides = [part for setting in self.settings() for part in ("--set", setting)]
-        sampling = ["--max-tokens", str(self.max_tokens), "--ignore-eos", "--json"]
+        sampling = ["--temperature", "0", "--max-tokens", str(self.max_tokens), "--ignore-eos", "--json"]
         return [str(_TPRT), "generate", self.config, *ids, *sampling, *overrides]
 
     def idling_command(self, notes: Path) -> list[str]:

@@ -158,6 +158,7 @@ async def ask(client: HttpClient, model: str, number: int, tally: Tally) -> None
         "messages": [{"role": "user", "content": f"{question} Answer in JSON."}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
         "max_tokens": _MAX_TOKENS,
+        "temperature": 1,
         "seed": number,
     }
     try:

@@ -52,6 +52,8 @@ class Case:
             "messages" if self.endpoint == "chat" else "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "temperature": 0,
+            # The checkpoint may say otherwise.
+            "repetition_penalty": 1,
             "ignore_eos": True,
             "stream": stream,
         }

@@ -12,6 +12,8 @@ from typing import Any
 
 from tprt.errors import CheckpointError, ConfigError, UnsupportedModelError
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -58,7 +60,7 @@ def read_checkpoint_config(folder: str) -> CheckpointConfig:
     if not path.is_dir():
         raise CheckpointError(f"model.path: there is no folder {folder!r} (looked at {path.absolute()})")
     raw = _read_json(path / "config.json", required=True)
-    generation = _read_json(path / "generation_config.json", required=False)
+    generation = read_generation_config(folder)
     fields = _Fields(raw, path / "config.json")
     heads = fields.integer("num_attention_heads")
     hidden_size = fields.integer("hidden_size")
@@ -83,6 +85,15 @@ def read_checkpoint_config(folder: str) -> CheckpointConfig:
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         eos_token_ids=_eos_token_ids(raw, generation),
     )
+
+
+def read_generation_config(folder: str) -> dict[str, Any]:
+    """Return what the checkpoint's generation_config.json holds; nothing where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    return _read_json(Path(folder) / GENERATION_CONFIG, required=False)
 
 
 def resolve_max_model_len(checkpoint: CheckpointConfig, wanted: int | None) -> int:

@@ -38,6 +38,8 @@ class ModelConfig(_Section):
     """Type of weights and KV blocks; auto takes the checkpoint's, and float32 on a CPU."""
     max_model_len: PositiveInt | None = None
     """Most tokens of one sequence, prompt and output; none: what the checkpoint allows."""
+    generation_config: Literal["auto", "tprt"] = "auto"
+    """auto: sampling defaults are those of the checkpoint's generation_config.json; tprt: OpenAI's."""
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     """dummy fills the weights with small random numbers: for measuring without a checkpoint's files."""
 

@@ -17,6 +17,7 @@ from launch.serving.http_socket import check_certificate, listen, take_api_keys,
 from tprt.config import Config
 from tprt.log import configure_logging
 from tprt.server.engine_client import EngineClient
+from tprt.server.sampling_defaults import read_sampling_defaults
 
 
 def serve(
@@ -39,6 +40,8 @@ def _serve(config: Config) -> None:
     configure_logging(config.logging.level, config.logging.format, "launcher")
     api_keys = take_api_keys(config.server)
     check_certificate(config.server)
+    if changes := read_sampling_defaults(config.model).changes():
+        _say(f"requests that do not say otherwise have {changes} (the checkpoint's generation_config.json)")
     with closing(listen(config.server, bool(api_keys))) as listener, Deployment(config) as deployment:
         _say(f"listening on {url_of(listener, config.server)}; requests are served once the ranks are ready")
         deployment.start(listener, api_keys)

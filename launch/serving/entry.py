@@ -35,6 +35,7 @@ from tprt.server.http.app import make_app
 from tprt.server.http.context import ServerContext
 from tprt.server.http.drain_gate import DrainGate
 from tprt.server.metrics import ServerMetrics
+from tprt.server.sampling_defaults import read_sampling_defaults
 from tprt.transport.heartbeat import HeartbeatReader
 from tprt.transport.zmq_socket import RequestClient
 
@@ -66,6 +67,7 @@ def make_context(config: Config, run_dir: Path, api_keys: tuple[str, ...]) -> Se
         created_s=int(time.time()),
         api_keys=api_keys,
         heartbeats=open_heartbeats,
+        sampling_defaults=read_sampling_defaults(config.model),
     )
 
 

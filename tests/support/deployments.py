@@ -33,7 +33,7 @@ class TinyDeployment:
         """Return a command line that generates greedily and prints JSON."""
         ids = [part for prompt in prompts for part in ("--prompt-ids", ",".join(map(str, prompt)))]
         overrides = [part for setting in settings for part in ("--set", setting)]
-        sampling = ["--max-tokens", str(max_tokens), "--ignore-eos", "--json"]
+        sampling = ["--temperature", "0", "--max-tokens", str(max_tokens), "--ignore-eos", "--json"]
         return [TPRT, "generate", self.config, *ids, *sampling, *overrides]
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tprt.server.http.app import make_app
 from tprt.server.http.context import ServerContext
 from tprt.server.metrics import ServerMetrics
 from tprt.server.request_stream import RequestStream
+from tprt.server.sampling_defaults import SamplingDefaults
 from tprt.server.tokenizer import Tokenizer
 
 MODEL = "fake/model"
@@ -170,10 +171,14 @@ class FakeServer:
 
 @contextmanager
 def fake_server(
-    tokenizer: Tokenizer | None, api_keys: tuple[str, ...] = (), **server: object
+    tokenizer: Tokenizer | None,
+    api_keys: tuple[str, ...] = (),
+    sampling_defaults: SamplingDefaults | None = None,
+    **server: object,
 ) -> Iterator[FakeServer]:
     """Serve in this process; at the end no sequence may be left in the engine."""
     engine, context = make_context(tokenizer, api_keys, **server)
+    context = replace(context, sampling_defaults=sampling_defaults or context.sampling_defaults)
     with TestClient(make_app(context), raise_server_exceptions=False) as client:
         yield FakeServer(engine, client)
     assert engine.num_running == 0, "a sequence was left in the engine"

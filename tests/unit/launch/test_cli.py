@@ -55,6 +55,19 @@ def test_config_schema_prints_the_schema_as_json(run: Run, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out) == config_schema()
 
 
+def test_a_checkpoint_that_recommends_what_is_no_sampling_is_told_before_anything_starts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.serve_command.configure_logging", lambda *settings: None)
+    (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
+    file = tmp_path / "deployment.yaml"
+    file.write_text(f"model: {{path: {tmp_path}}}\nserver: {{port: 0}}\n")
+    for command in (["serve", str(file)], ["chat", str(file)], ["generate", str(file), "--prompt", "x"]):
+        assert run(*command) == cli.EXIT_BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "generation_config.json: sampling parameter top_p is 2.0; expected above 0, at most 1;" in line
+
+
 def test_a_bad_setting_is_one_message_on_standard_error(
     run: Run, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,10 +6,11 @@ Knows nothing of HTTP and makes none of it: the process's entry point does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tprt.config import Config
+from tprt.server.sampling_defaults import SamplingDefaults
 from tprt.server.tokenizer import Tokenizer
 from tprt.transport.heartbeat import HeartbeatReader
 
@@ -31,6 +32,7 @@ class ServerContext:
         created_s: when the server started, in seconds since 1970.
         api_keys: any of them opens the server; with none, it is open.
         heartbeats: returns what the ranks say of themselves, or None while there are none.
+        sampling_defaults: of requests that do not say how tokens are chosen.
     """
 
     config: Config
@@ -41,3 +43,4 @@ class ServerContext:
     created_s: int
     api_keys: tuple[str, ...]
     heartbeats: Callable[[], HeartbeatReader | None]
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)

@@ -64,7 +64,8 @@ async def _plan(context: ServerContext, body: ChatCompletionRequest, request: Re
     asked = body.max_completion_tokens or body.max_tokens
     max_tokens = num_tokens_to_generate(asked, None, len(ids), ready.max_model_len, "messages")
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    job = PromptJob(ids, sampling_of(body, max_tokens, num_logprobs, grammar))
+    sampling = sampling_of(body, max_tokens, num_logprobs, grammar, context.sampling_defaults)
+    job = PromptJob(ids, sampling)
     record = record_of(request.scope)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = make_head(context, record, "chatcmpl", kind)

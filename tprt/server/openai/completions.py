@@ -65,7 +65,8 @@ async def _plan(context: ServerContext, body: CompletionRequest, request: Reques
     for prompt, ids in zip(prompts, await _encode(context, prompts), strict=True):
         asked, default = body.max_tokens, _DEFAULT_MAX_TOKENS
         max_tokens = num_tokens_to_generate(asked, default, len(ids), ready.max_model_len, "prompt")
-        jobs.append(PromptJob(ids, sampling_of(body, max_tokens, body.logprobs, grammar)))
+        sampling = sampling_of(body, max_tokens, body.logprobs, grammar, context.sampling_defaults)
+        jobs.append(PromptJob(ids, sampling))
         echoed += [_text(context, prompt) if body.echo else ""] * body.num_choices
     record = record_of(request.scope)
     head = make_head(context, record, "cmpl", "text_completion")

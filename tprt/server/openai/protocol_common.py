@@ -56,7 +56,11 @@ class ResponseFormat(ProtocolModel):
 
 
 class SamplingFields(ProtocolModel):
-    """How tokens are chosen, when they end, and what form they have."""
+    """How tokens are chosen, when they end, and what form they have.
+
+    What is left out of temperature, top_p, top_k, min_p and repetition_penalty is as the model's
+    generation_config.json says, and OpenAI's default where that says nothing.
+    """
 
     model: str | None = None
     """The model's name, as `/v1/models` lists it; none: the one that there is."""
@@ -67,7 +71,7 @@ class SamplingFields(ProtocolModel):
     stream_options: StreamOptions | None = None
     """Only with stream."""
     temperature: Annotated[float, Field(ge=0, lt=1e4)] | None = None
-    """0 takes the most likely token; 1 when left out."""
+    """0 takes the most likely token; left out: the model's own, or 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Keep the smallest set of tokens whose probability reaches this."""
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None

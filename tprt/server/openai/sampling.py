@@ -11,15 +11,20 @@ from dataclasses import replace
 from tprt.messages import Grammar, SamplingParams
 from tprt.server.http.errors import ApiError, invalid
 from tprt.server.openai.protocol_common import SamplingFields
+from tprt.server.sampling_defaults import SamplingDefaults
 
 _NUM_SEEDS = 2**63
 _MAX_BIASES = 1024
 
 
 def sampling_of(
-    fields: SamplingFields, max_tokens: int, num_logprobs: int | None, grammar: Grammar | None
+    fields: SamplingFields,
+    max_tokens: int,
+    num_logprobs: int | None,
+    grammar: Grammar | None,
+    defaults: SamplingDefaults,
 ) -> SamplingParams:
-    """Return the parameters of a request's first choice; what is left out has OpenAI's default.
+    """Return the parameters of a request's first choice; what it leaves out is as `defaults` say.
 
     Raises:
         ApiError: a value, or two together, cannot be served.
@@ -27,11 +32,18 @@ def sampling_of(
     min_tokens = fields.min_tokens or 0
     if min_tokens > max_tokens:
         raise invalid(f"min_tokens is {min_tokens}, more than max_tokens, {max_tokens}", "min_tokens")
+    chosen = defaults.with_given(
+        temperature=fields.temperature,
+        top_k=fields.top_k,
+        top_p=fields.top_p,
+        min_p=fields.min_p,
+        repetition_penalty=fields.repetition_penalty,
+    )
     return SamplingParams(
-        temperature=_or_default(fields.temperature, 1.0),
-        top_k=max(0, fields.top_k or 0),
-        top_p=_or_default(fields.top_p, 1.0),
-        min_p=fields.min_p or 0.0,
+        temperature=float(chosen.temperature),
+        top_k=max(0, chosen.top_k),
+        top_p=float(chosen.top_p),
+        min_p=float(chosen.min_p),
         seed=None if fields.seed is None else fields.seed % _NUM_SEEDS,
         max_tokens=max_tokens,
         ignore_eos=bool(fields.ignore_eos),
@@ -40,7 +52,7 @@ def sampling_of(
         logprobs=num_logprobs,
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
-        repetition_penalty=_or_default(fields.repetition_penalty, 1.0),
+        repetition_penalty=float(chosen.repetition_penalty),
         logit_bias=_logit_bias(fields.logit_bias or {}),
         min_tokens=min_tokens,
         grammar=grammar,
@@ -82,10 +94,6 @@ def num_tokens_to_generate(
 def _too_long(max_model_len: int, what: str, param: str) -> ApiError:
     message = f"This model's maximum context length is {max_model_len} tokens; {what}. Send or ask for fewer."
     return invalid(message, param, "context_length_exceeded")
-
-
-def _or_default(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
 
 
 def _stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
