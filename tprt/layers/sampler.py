@@ -87,6 +87,10 @@ class Sampler(nn.Module):
         full = self._gather(logits)
         return _with_logprobs(full.float(), _choose(full, batch), batch.num_top)
 
+    def score(self, logits: Tensor, token_ids: Tensor, num_top: int) -> Sampled:
+        """Return the log-probabilities of given `token_ids` `[n]`; `logits` are `[n, v]` as in `forward`."""
+        return _with_logprobs(self._gather(logits).float(), token_ids, num_top)
+
     def _choose_from(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Return the tokens `[n]`; no more than candidates are exchanged where that is enough."""
         if batch.any_truncated:

@@ -33,8 +33,12 @@ class StepInput:
         presence_penalties, frequency_penalties, repetition_penalties: `[S]` as in `SamplingParams`.
         grammar_rows, token_masks: `[G]` sequences whose next token a grammar restricts, and `[G * W]` a bit for
             each token of the vocabulary, the lowest of a word first: 1 where it is possible.
+        prompt_rows, prompt_row_targets: `[R]` which of the `T` tokens, in rising order, stand before a prompt
+            token whose log-probability is wanted, and that token. No decode is among them.
+        num_prompt_top: most likely tokens to report at each of those places.
 
-    The columns of biases, of penalties and of grammars are empty where no sequence of the step needs any.
+    The columns of biases, of penalties, of grammars and of prompt rows are empty where no sequence of the step
+    needs any.
     """
 
     epoch: int
@@ -63,6 +67,9 @@ class StepInput:
     repetition_penalties: Float32Array = field(default_factory=lambda: NO_FLOAT32)
     grammar_rows: Int32Array = field(default_factory=lambda: NO_INT32)
     token_masks: Int32Array = field(default_factory=lambda: NO_INT32)
+    prompt_rows: Int32Array = field(default_factory=lambda: NO_INT32)
+    prompt_row_targets: Int32Array = field(default_factory=lambda: NO_INT32)
+    num_prompt_top: int = 0
 
     @property
     def adjusts_logits(self) -> bool:
@@ -79,6 +86,9 @@ class StepOutput:
         logprobs: `[n]` their log-probabilities, or empty when no sequence wants any.
         top_token_ids, top_logprobs: `[n * num_top]` most likely tokens, best first.
         num_top: entries per sequence in the two arrays above.
+        prompt_logprobs: `[R]` log-probabilities of `StepInput.prompt_row_targets`.
+        prompt_top_token_ids, prompt_top_logprobs: `[R * num_prompt_top]` most likely tokens there, best first.
+        num_prompt_top: as in `StepInput`.
     """
 
     epoch: int
@@ -88,3 +98,7 @@ class StepOutput:
     top_token_ids: Int32Array = field(default_factory=lambda: NO_INT32)
     top_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)
     num_top: int = 0
+    prompt_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)
+    prompt_top_token_ids: Int32Array = field(default_factory=lambda: NO_INT32)
+    prompt_top_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)
+    num_prompt_top: int = 0

@@ -18,6 +18,7 @@ from tprt.layers.sampler import SamplingBatch
 from tprt.messages import Int32Array, Int64Array, StepInput
 from tprt.sharding import Range
 from tprt.worker.adjustment_input import NUM_COLUMNS, adjustment_bytes, make_adjustments
+from tprt.worker.prompt_logprobs import PromptRows, make_prompt_rows, prompt_row_bytes
 from tprt.worker.step_transfer import StepTransfer, staged_bytes
 
 
@@ -30,6 +31,7 @@ class InputBatch:
         context: for attention and LM head.
         sampling: None when no sequence is sampled.
         sampled_slots: `[n]` int64, the slots whose last token this step replaces.
+        prompt_rows: where log-probabilities of prompt tokens are wanted; None when nowhere.
     """
 
     token_ids: Tensor
@@ -37,6 +39,7 @@ class InputBatch:
     context: Context
     sampling: SamplingBatch | None
     sampled_slots: Tensor
+    prompt_rows: PromptRows | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,11 @@ class InputBuilder:
         context = self._context(step, positions)
         sampled = self._sampled_rows(step)
         sampling = self._sampling_now(sampled, step)
+        prompt_rows = make_prompt_rows(step, stage) if len(step.prompt_rows) else None
         self._transfer.flush()
         if slots is not None:
             token_ids = torch.where(token_ids < 0, self.last_token_ids[slots], token_ids)
-        return InputBatch(token_ids, positions_there, context, sampling, sampled.slots)
+        return InputBatch(token_ids, positions_there, context, sampling, sampled.slots, prompt_rows)
 
     def sampling_of(self, step: StepInput) -> tuple[SamplingBatch | None, Tensor]:
         """Return the sampling parameters of `step` and the slots that are sampled, and nothing else of it."""
@@ -190,8 +194,9 @@ def _most_bytes(step: StepInput, block_size: int) -> int:
     longest = int(step.context_lens.max(initial=0))
     table_bytes = num_seqs * -(-longest // block_size) * 4
     # Four columns of 8 bytes a token; at most twelve of up to 8 bytes a sequence, some with one more entry.
-    num_bytes = 32 * num_tokens + 96 * (num_seqs + 1) + table_bytes + adjustment_bytes(step)
-    return staged_bytes(num_bytes, num_columns=20 + NUM_COLUMNS)
+    num_bytes = 32 * num_tokens + 96 * (num_seqs + 1) + table_bytes
+    num_bytes += adjustment_bytes(step) + prompt_row_bytes(step)
+    return staged_bytes(num_bytes, num_columns=22 + NUM_COLUMNS)
 
 
 def truncated_rows(step: StepInput) -> NDArray[np.bool_]:

@@ -37,6 +37,7 @@ from tprt.worker.kv_cache import (
 )
 from tprt.worker.memory_budget import CudaMemory, MemoryBudget, measure_budget
 from tprt.worker.output_transfer import OutputTransfer, PendingOutput
+from tprt.worker.prompt_logprobs import compute_prompt_logprobs
 from tprt.worker.workspace import largest_step
 
 _LOG = get_logger(__name__)
@@ -198,10 +199,10 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.fits(step):
             return self._outputs.take(step, self._replay(self._graphs, step))
         batch = self._inputs.build(step)
-        sampled = self._forward(batch)
+        sampled, prompt = self._forward(batch)
         if sampled is not None:
             self._inputs.keep_sampled(batch.sampled_slots, sampled.token_ids)
-        return self._outputs.take(step, sampled)
+        return self._outputs.take(step, sampled, prompt)
 
     def _replay(self, graphs: DecodeGraphs, step: StepInput) -> Sampled:
         hidden, token_ids = graphs.run(step)
@@ -213,17 +214,22 @@ class ModelRunner:
         self._inputs.keep_sampled(slots, sampled.token_ids)
         return sampled
 
-    def _forward(self, batch: InputBatch) -> Sampled | None:
+    def _forward(self, batch: InputBatch) -> tuple[Sampled | None, Sampled | None]:
+        """Return what was sampled, and what is to be known of prompt tokens."""
         set_context(batch.context)
         try:
             hidden = self.model(batch.token_ids, batch.positions)
-            if batch.sampling is None:
-                return None
-            logits = self.model.compute_logits(hidden)
+            sampled = None
+            if batch.sampling is not None:
+                sampled = self._sampler(self.model.compute_logits(hidden), batch.sampling)
         finally:
             reset_context()
-        sampled: Sampled = self._sampler(logits, batch.sampling)
-        return sampled
+        if batch.prompt_rows is None:
+            return sampled, None
+        scheduler = self._config.scheduler
+        most_rows = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        prompt = compute_prompt_logprobs(self.model, self._sampler, hidden, batch.prompt_rows, most_rows)
+        return sampled, prompt
 
 
 def _log_load(report: LoadReport) -> None:

@@ -5,6 +5,8 @@ Knows nothing of how tokens are chosen.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -18,9 +20,16 @@ _NUM_BUFFERS = 3
 class PendingOutput:
     """The output of a step that may still run."""
 
-    def __init__(self, step: StepInput, sampled: Sampled | None, arrived: torch.cuda.Event | None) -> None:
+    def __init__(
+        self,
+        step: StepInput,
+        sampled: Sampled | None,
+        prompt: Sampled | None,
+        arrived: torch.cuda.Event | None,
+    ) -> None:
         self._step = step
         self._sampled = sampled
+        self._prompt = prompt
         self._arrived = arrived
 
     def is_there(self) -> bool:
@@ -31,6 +40,10 @@ class PendingOutput:
         """Return the output once the device has made it."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        output = self._sampled_output()
+        return output if self._prompt is None else _with_prompt(output, self._prompt)
+
+    def _sampled_output(self) -> StepOutput:
         step, sampled = self._step, self._sampled
         if sampled is None:
             return StepOutput(step.epoch, step.step, np.empty(0, np.int32))
@@ -60,17 +73,33 @@ class OutputTransfer:
                 torch.empty(max_num_seqs, dtype=torch.int64, pin_memory=True) for _ in range(_NUM_BUFFERS)
             ]
 
-    def take(self, step: StepInput, sampled: Sampled | None) -> PendingOutput:
-        """Begin to copy what `step` has sampled; log-probabilities, which are rare, are waited for here."""
+    def take(self, step: StepInput, sampled: Sampled | None, prompt: Sampled | None = None) -> PendingOutput:
+        """Begin to copy what `step` has sampled; log-probabilities, which are rare, are waited for here.
+
+        `prompt`, what is to be known of prompt tokens, is on the host already.
+        """
         if self._is_cpu or sampled is None:
-            return PendingOutput(step, sampled, None)
+            return PendingOutput(step, sampled, prompt, None)
         if sampled.logprobs is not None and sampled.top_token_ids is not None:
             assert sampled.top_logprobs is not None
             columns = (sampled.token_ids, sampled.logprobs, sampled.top_token_ids, sampled.top_logprobs)
-            return PendingOutput(step, Sampled(*(column.cpu() for column in columns)), None)
+            return PendingOutput(step, Sampled(*(column.cpu() for column in columns)), prompt, None)
         self._turn = (self._turn + 1) % _NUM_BUFFERS
         here = self._buffers[self._turn][: len(sampled.token_ids)]
         here.copy_(sampled.token_ids, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(sampled.token_ids.device))
-        return PendingOutput(step, Sampled(here), arrived)
+        return PendingOutput(step, Sampled(here), prompt, arrived)
+
+
+def _with_prompt(output: StepOutput, prompt: Sampled) -> StepOutput:
+    assert prompt.logprobs is not None
+    assert prompt.top_token_ids is not None
+    assert prompt.top_logprobs is not None
+    return replace(
+        output,
+        prompt_logprobs=prompt.logprobs.numpy(),
+        prompt_top_token_ids=prompt.top_token_ids.to(torch.int32).numpy().ravel(),
+        prompt_top_logprobs=prompt.top_logprobs.numpy().ravel(),
+        num_prompt_top=prompt.top_token_ids.shape[1],
+    )
