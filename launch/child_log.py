@@ -1,15 +1,20 @@
 """What the children write to standard error: passed on to this process's own, and the last lines of each kept.
 
+A child's output may go to a file as well, or to that alone.
+
 Nothing here waits. Standard error that nobody reads (a full pipe, a terminal that is held) holds up neither the
 children nor whoever watches them: what does not fit into a bounded backlog is left out, and that is said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
 from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
 
 STDERR = 2
 # A pipe that is ready for writing takes this much without waiting (PIPE_BUF, pipe(7)).
@@ -20,6 +25,18 @@ _MAX_READS = 16
 _MAX_BACKLOG_BYTES = 1024 * 1024
 _NUM_LAST_LINES = 20
 _MAX_LINE_BYTES = 1000
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class LogSink:
+    """Where the output of one child goes: to the end of a file, if there is one, and on if `is_shown`."""
+
+    path: Path | None = None
+    is_shown: bool = True
+
+
+SHOWN = LogSink()
 
 
 class LogTee:
@@ -69,11 +86,17 @@ class LogTee:
 class ChildLog:
     """The reading end of one child's output."""
 
-    def __init__(self, fd: int, tee: LogTee) -> None:
-        """Take the descriptor over."""
+    def __init__(self, fd: int, tee: LogTee, sink: LogSink = SHOWN) -> None:
+        """Take the descriptor over.
+
+        Raises:
+            OSError: the file of the sink cannot be opened.
+        """
         os.set_blocking(fd, False)
         self._fd = fd
         self._tee = tee
+        self._is_shown = sink.is_shown
+        self._file = -1 if sink.path is None else os.open(sink.path, _APPEND, 0o644)
         self._lines: deque[bytes] = deque(maxlen=_NUM_LAST_LINES)
         self._rest = b""
 
@@ -96,14 +119,23 @@ class ChildLog:
             if not data:
                 self.close()
                 return
-            self._tee.feed(data)
+            if self._is_shown:
+                self._tee.feed(data)
             self._keep(data)
+            self._write(data)
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+        for fd in (self._fd, self._file):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._file = -1
+
+    def _write(self, data: bytes) -> None:
+        # A full disk must not end a deployment; what it had no room for is missing in the file.
+        with contextlib.suppress(OSError):
+            if self._file >= 0:
+                os.write(self._file, data)
 
     def _keep(self, data: bytes) -> None:
         *lines, rest = (self._rest + data).split(b"\n")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launch.child_log import ChildLog, LogTee
+from launch.child_log import SHOWN, ChildLog, LogSink, LogTee
 from launch.parent_death import PARENT_PID
 
 # The kernel may take a while to take a killed process apart: memory of a GPU, a device that does not answer.
@@ -30,12 +30,14 @@ class ChildSpec:
         module: run with `python -m`.
         env: what is in its environment besides that of this process.
         pass_fds: descriptors that it inherits, under the same numbers.
+        sink: where its output goes.
     """
 
     name: str
     module: str
     env: Mapping[str, str]
     pass_fds: tuple[int, ...] = ()
+    sink: LogSink = SHOWN
 
 
 class ChildProcess:
@@ -77,7 +79,7 @@ class ChildProcess:
             process.stdout.close()
             raise
         # The log has a descriptor of its own, which it closes when nothing more comes.
-        log = ChildLog(os.dup(process.stdout.fileno()), tee)
+        log = ChildLog(os.dup(process.stdout.fileno()), tee, spec.sink)
         process.stdout.close()
         return cls(spec.name, process, pidfd, log)
 

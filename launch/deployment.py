@@ -15,6 +15,7 @@ from launch.child import API_KEYS, EPOCH, LISTENER_FD
 from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
+from launch.log_dir import make_log_dir, sink_of
 from launch.parent_death import RUN_DIR
 from launch.planning.rank_weights import resolve_rank_weights
 from launch.program_end import ProgramEnd
@@ -76,15 +77,18 @@ class Deployment:
             api_keys: any of them opens the server.
         """
         write_config(self._run_dir.path, self.config)
+        make_log_dir(self.config.logging)
         env = {RUN_DIR: str(self._run_dir.path)}
-        coordinator = ChildSpec("coordinator", "launch.coordinator_entry", env)
+        sink = sink_of("coordinator", self.config.logging)
+        coordinator = ChildSpec("coordinator", "launch.coordinator_entry", env, sink=sink)
         server = None if listener is None else self._make_server(listener.fileno(), api_keys)
         self._supervisor.start(coordinator, self._make_ranks, server)
         self._pulse = CoordinatorPulse(self.pids["coordinator"], self.config.supervision)
 
     def _make_server(self, fd: int, api_keys: Sequence[str]) -> ChildSpec:
         env = {RUN_DIR: str(self._run_dir.path), LISTENER_FD: str(fd), API_KEYS: " ".join(api_keys)}
-        return ChildSpec("server", "launch.serving.entry", env, (fd,))
+        sink = sink_of("server", self.config.logging)
+        return ChildSpec("server", "launch.serving.entry", env, (fd,), sink)
 
     def wait_for_server(self, client: EngineClient) -> None:
         """Wait until the server serves as well, once the ranks are ready.
@@ -127,7 +131,8 @@ class Deployment:
         for rank in range(world_size):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             env = common | {key: str(value) for key, value in place.items()}
-            specs.append(ChildSpec(f"rank {rank}", "launch.worker_entry", env))
+            sink = sink_of(f"rank {rank}", self.config.logging, rank)
+            specs.append(ChildSpec(f"rank {rank}", "launch.worker_entry", env, sink=sink))
         return specs
 
     def connect(self, tokenizer: Tokenizer | None) -> EngineClient:

@@ -22,11 +22,13 @@ from launch.options import (
     TopPOption,
     chosen_sampling,
 )
+from launch.torchrun_options import with_torchrun_options
 from tprt.errors import ConfigError, InvalidRequestError
 from tprt.messages import Grammar, SamplingParams
 from tprt.server.completion import Completion
 
 
+@with_torchrun_options
 def generate(
     config: ConfigArgument,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,

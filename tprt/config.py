@@ -174,6 +174,10 @@ class LoggingConfig(_Section):
     """Least severe level that is written."""
     format: Literal["text", "json"] = "text"
     """text for people, one JSON object per line for programs."""
+    dir: str | None = None
+    """Folder where each process also has a log file of its own (rank-0.log, coordinator.log); none: nowhere."""
+    local_ranks_filter: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Ranks, by number on their host, whose log is shown; none: all. The others' go to logging.dir alone."""
 
 
 class Config(_Section):

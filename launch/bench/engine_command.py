@@ -9,10 +9,12 @@ import typer
 from launch.bench.rows import print_rows, split_numbers
 from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
+from launch.torchrun_options import with_torchrun_options
 
 RepeatsOption = Annotated[int, typer.Option(help="Measured rounds.")]
 
 
+@with_torchrun_options
 def throughput(
     config: ConfigArgument,
     num_seqs: Annotated[int, typer.Option(help="Requests, all at once.")] = 256,
@@ -30,6 +32,7 @@ def throughput(
     print_rows(bench_throughput(load_config(config, set_ or ()), workload, repeats), as_json)
 
 
+@with_torchrun_options
 def latency(
     config: ConfigArgument,
     batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
@@ -47,6 +50,7 @@ def latency(
     print_rows(rows, as_json)
 
 
+@with_torchrun_options
 def startup(
     config: ConfigArgument, repeats: RepeatsOption = 1, as_json: JsonOption = False, set_: SetOption = None
 ) -> None:

@@ -14,12 +14,14 @@ from launch.deployment import Deployment
 from launch.options import ConfigArgument, SetOption
 from launch.program_end import PutOffEnd
 from launch.serving.http_socket import check_certificate, listen, take_api_keys, url_of
+from launch.torchrun_options import with_torchrun_options
 from tprt.config import Config
 from tprt.log import configure_logging
 from tprt.server.engine_client import EngineClient
 from tprt.server.sampling_defaults import read_sampling_defaults
 
 
+@with_torchrun_options
 def serve(
     config: ConfigArgument,
     host: Annotated[str | None, typer.Option(help="Address to bind; see server.host.")] = None,

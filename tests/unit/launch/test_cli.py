@@ -58,7 +58,7 @@ def test_config_schema_prints_the_schema_as_json(run: Run, capsys: pytest.Captur
 def test_a_checkpoint_that_recommends_what_is_no_sampling_is_told_before_anything_starts(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.serve_command.configure_logging", lambda *settings: None)
+    monkeypatch.setattr("launch.serving.command.configure_logging", lambda *settings: None)
     (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
     file = tmp_path / "deployment.yaml"
     file.write_text(f"model: {{path: {tmp_path}}}\nserver: {{port: 0}}\n")

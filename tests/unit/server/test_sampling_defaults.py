@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.options import chosen_sampling
-from launch.server_entry import make_context
+from launch.serving.entry import make_context
 from tests.support.fake_server import FakeServer, fake_server
 from tprt.config import Config, ModelConfig
 from tprt.errors import CheckpointError

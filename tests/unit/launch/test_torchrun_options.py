@@ -1,0 +1,63 @@
+"""What torchrun calls an option is a setting here, and both ways to give it end in the same configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from launch.config_file import load_config
+from launch.options import ConfigArgument, SetOption
+from launch.torchrun_options import with_torchrun_options
+from tprt.config import Config
+from tprt.errors import ConfigError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "deployment.yaml"
+    path.write_text("model: {path: m}\nparallel: {tensor_parallel_size: 4}\nsupervision: {max_restarts: 7}\n")
+    return str(path)
+
+
+def parse(*arguments: str) -> Config:
+    """Return the settings that a command with these arguments gets."""
+    found: list[Config] = []
+    app = typer.Typer()
+
+    @app.command()
+    @with_torchrun_options
+    def command(config: ConfigArgument, set_: SetOption = None) -> None:
+        found.append(load_config(config, set_ or ()))
+
+    CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    return found[0]
+
+
+def test_without_options_the_settings_are_those_of_the_file(file: str) -> None:
+    assert parse(file) == load_config(file)
+
+
+def test_options_win_over_the_file_and_over_set(file: str) -> None:
+    options = ["--nproc-per-node", "3", "--max-restarts", "0", "--log-dir", "/l", "--local-ranks-filter", "0,2"]
+    config = parse(file, "--set", "parallel.tensor_parallel_size=2", *options)
+    assert config.parallel.tensor_parallel_size == 3
+    assert config.supervision.max_restarts == 0
+    assert (config.logging.dir, config.logging.local_ranks_filter) == ("/l", (0, 2))
+
+
+def test_ranks_that_are_no_numbers_are_refused(file: str) -> None:
+    with pytest.raises(ConfigError, match="--local-ranks-filter 0,x: expected numbers separated by commas"):
+        parse(file, "--local-ranks-filter", "0,x")
+
+
+def test_python_m_launch_is_the_same_program() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "launch", "serve", "nowhere.yaml"], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "tprt: there is no file nowhere.yaml; expected the YAML file of a deployment\n"
