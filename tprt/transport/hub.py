@@ -148,22 +148,34 @@ class ShmWorkerHub:
         deadline_s = time.monotonic() + timeout_s
         if timeout_s > 0:
             self._outputs.spin()
-        while True:
-            try:
-                if (output := self._outputs.try_receive()) is not None:
-                    return output
-            except PeerLostError:
-                # What rank 0 said before it went tells more.
-                if (event := self.receive_control(0.0)) is not None:
-                    return event
-                raise
-            if (event := self.receive_control(0.0)) is not None:
-                return event
+        while (received := self.try_receive_output()) is None:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                behind = self._steps.describe_behind() or "all ranks have read every step"
+                behind = self.describe_behind() or "all ranks have read every step"
                 raise TransportTimeoutError(f"rank 0 has not answered within {timeout_s:g} s; {behind}")
             self._all_poll.poll(left_s * 1000)
+        return received
+
+    def try_receive_output(self) -> bytes | ControlEvent | None:
+        """Return what `receive_output` would, or None when nothing is there; see there for what is raised."""
+        try:
+            if (output := self._outputs.try_receive()) is not None:
+                return output
+        except PeerLostError:
+            # What rank 0 said before it went tells more.
+            if (event := self.receive_control(0.0)) is not None:
+                return event
+            raise
+        return self.receive_control(0.0)
+
+    def describe_behind(self) -> str:
+        """Name the ranks that have not read every step and say how far they are; empty if there are none."""
+        return self._steps.describe_behind()
+
+    @property
+    def outputs_fileno(self) -> int:
+        """A descriptor that becomes readable when an output may be there."""
+        return self._outputs.fileno()
 
     def receive_control(self, timeout_s: float) -> ControlEvent | None:
         """Return the next control event, or None when there is none in time (0: do not wait)."""

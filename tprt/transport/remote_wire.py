@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tprt.errors import TransportError
@@ -64,9 +65,31 @@ def pack_hello(epoch: int, rank: int, nonce: bytes, greeting_nonce: bytes, token
     return without + prove(token, _RANK, greeting_nonce, without)
 
 
-def is_hello_proven(hello: bytes, greeting_nonce: bytes, token: bytes) -> bool:
-    """Tell whether the rank that has said `hello` knows the token."""
-    return is_proven(token, hello[-PROOF_BYTES:], _RANK, greeting_nonce, hello[:-PROOF_BYTES])
+@dataclass(frozen=True, slots=True)
+class RemoteHello:
+    """What somebody has said who wants to be let in; `nonce` is its own, and nothing is proven yet."""
+
+    said: bytes
+    epoch: int
+    rank: int
+    nonce: bytes
+
+    def why_unproven(self, greeting_nonce: bytes, token: bytes) -> str:
+        """Return why this is no hello of a rank that knows `token`; empty if it is."""
+        magic, version = HELLO.unpack(self.said)[:2]
+        if (magic, version) != (MAGIC, VERSION):
+            return f"it began with {self.said[:12]!r}; expected a tprt rank that speaks version {VERSION}"
+        without, proof = self.said[:-PROOF_BYTES], self.said[-PROOF_BYTES:]
+        if not is_proven(token, proof, _RANK, greeting_nonce, without):
+            return "it does not know the token of this deployment"
+        return ""
+
+
+def read_hello(said: bytes) -> RemoteHello:
+    """Return what somebody has said, which may be anything."""
+    whole = said.ljust(HELLO.size, b"\0")
+    _, _, epoch, rank, nonce, _ = HELLO.unpack(whole)
+    return RemoteHello(whole, epoch, rank, nonce)
 
 
 def pack_answer(reason: str, nonce: bytes, token: bytes) -> bytes:

@@ -8,6 +8,7 @@ mean.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import time
@@ -22,12 +23,11 @@ from tprt.transport.remote_rank import RemoteRank
 from tprt.transport.remote_wire import (
     FRAME,
     HELLO,
-    MAGIC,
-    VERSION,
-    is_hello_proven,
+    RemoteHello,
     join_address,
     pack_answer,
     pack_greeting,
+    read_hello,
     set_options,
     split_address,
 )
@@ -63,8 +63,11 @@ class RemoteStepWriter:
         self._reported: set[int] = set()
         self._sequence = 0
         self._loss = ""
+        # Readable while something has been read off a connection that `next_event` has not returned.
+        self._unread = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         self._epoll.register(listener, select.EPOLLIN)
+        self._epoll.register(self._unread, select.EPOLLIN)
 
     @classmethod
     def listen(cls, address: str, *, epoch: int, ranks: Collection[int], token: bytes) -> RemoteStepWriter:
@@ -113,7 +116,7 @@ class RemoteStepWriter:
                 raise PeerLostError(self._loss)
 
     def fileno(self) -> int:
-        """A descriptor that is readable when something comes; wait only once `next_event` has returned None."""
+        """A descriptor that is readable when `next_event` has something to do."""
         return self._epoll.fileno()
 
     def next_event(self) -> ControlEvent | None:
@@ -125,6 +128,8 @@ class RemoteStepWriter:
             if rank.is_lost and rank.rank not in self._reported:
                 self._reported.add(rank.rank)
                 return ControlEvent(rank.rank, None)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._unread)
         return None
 
     def _take_in(self, timeout_s: float) -> None:
@@ -134,7 +139,7 @@ class RemoteStepWriter:
                 self._accept()
             elif fd in self._waiting:
                 self._admit(fd)
-            else:
+            elif fd in by_fd:
                 with contextlib.suppress(PeerLostError):
                     self._read(by_fd[fd])
 
@@ -146,35 +151,48 @@ class RemoteStepWriter:
                 the writer cannot be used any more.
             PeerLostError: a rank is gone.
         """
-        if self._loss:
-            raise PeerLostError(self._loss)
-        if missing := self._missing():
-            raise TransportError(
-                f"remote ranks {missing} have not connected; wait in accept_all before sending"
-            )
         deadline_s = time.monotonic() + timeout_s
-        sequence, ranks = self._sequence + 1, self._ranks.values()
-        for rank in ranks:
-            self._read(rank)
-        needed = sequence - _WINDOW
-        late = self._wait(lambda rank: rank.num_read < needed, select.POLLIN, deadline_s)
-        if late:
-            raise TransportTimeoutError(f"no room for message {sequence} after {timeout_s:g} s: {late}")
-        self._sequence = sequence
+        self.wait_for_room(timeout_s)
+        self._sequence = sequence = self._sequence + 1
         payload = b"".join(parts)
         frame = memoryview(FRAME.pack(sequence, len(payload)) + payload)
-        for rank in ranks:
+        for rank in self._ranks.values():
             rank.unsent = frame
         late = self._wait(lambda rank: bool(rank.unsent), select.POLLIN | select.POLLOUT, deadline_s)
         if late:
             self._loss = f"message {sequence} was cut by a deadline: {late}"
             raise TransportTimeoutError(f"message {sequence} was not taken in {timeout_s:g} s: {late}")
 
+    def wait_for_room(self, timeout_s: float) -> None:
+        """Wait until every rank has room for one more message.
+
+        Raises:
+            TransportTimeoutError, PeerLostError: as `send` does.
+        """
+        if self._loss:
+            raise PeerLostError(self._loss)
+        if missing := self._missing():
+            raise TransportError(f"remote ranks {missing} have not connected; wait in accept_all first")
+        for rank in self._ranks.values():
+            self._read(rank)
+        sequence = self._sequence + 1
+        deadline_s = time.monotonic() + timeout_s
+        late = self._wait(lambda rank: rank.num_read < sequence - _WINDOW, select.POLLIN, deadline_s)
+        if late:
+            raise TransportTimeoutError(f"no room for message {sequence} after {timeout_s:g} s: {late}")
+
+    def describe_behind(self) -> str:
+        """Name the ranks that have not read every message and say how far they are; empty if there are none."""
+        behind = [rank for rank in self._ranks.values() if rank.num_read < self._sequence]
+        return "; ".join(rank.describe(self._sequence) for rank in behind)
+
     def close(self) -> None:
         """Release everything; idempotent. Ranks see it as the loss of the coordinator.
 
         Waits up to a second for ranks to read what was sent, unless one is gone.
         """
+        if self._epoll.closed:
+            return
         if not self._loss:
             with contextlib.suppress(PeerLostError):
                 deadline_s = time.monotonic() + _FLUSH_S
@@ -183,6 +201,7 @@ class RemoteStepWriter:
         connections = [rank.connection for rank in self._ranks.values()]
         waiting = [stranger.connection for stranger in self._waiting.values()]
         self._epoll.close()
+        os.close(self._unread)
         for connection in (self._listener, *waiting, *connections):
             connection.close()
 
@@ -215,12 +234,15 @@ class RemoteStepWriter:
             return
         try:
             rank.read()
+            if rank.controls:
+                os.eventfd_write(self._unread, 1)
         except OSError as error:
             self._lose(rank, error)
 
     def _lose(self, rank: RemoteRank, error: OSError) -> NoReturn:
         if not rank.is_lost:
             rank.is_lost = True
+            os.eventfd_write(self._unread, 1)
             self._epoll.unregister(rank.connection)
         self._loss = self._loss or f"{rank.name} is gone: {error.strerror}; {rank.describe(self._sequence)}"
         raise PeerLostError(self._loss) from error
@@ -245,32 +267,28 @@ class RemoteStepWriter:
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(connection.close)
             try:
-                reason, rank, theirs = self._check(connection.recv(HELLO.size), stranger.nonce)
+                hello = read_hello(connection.recv(HELLO.size))
+                reason = self._why_refused(hello, stranger.nonce)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-                connection.send(pack_answer(reason, theirs, self._token))
+                connection.send(pack_answer(reason, hello.nonce, self._token))
             except OSError as error:
                 reason = str(error.strerror)
             if reason:
                 _LOG.warning("refused a connection from %s: %s", stranger.address, reason)
                 return
             cleanup.pop_all()
-        self._ranks[rank] = RemoteRank(rank, connection, stranger.address)
+        self._ranks[hello.rank] = RemoteRank(hello.rank, connection, stranger.address)
         self._epoll.register(connection, select.EPOLLIN)
 
-    def _check(self, hello: bytes, nonce: bytes) -> tuple[str, int, bytes]:
-        """Return why whoever said this hello is not let in, empty if it is, its rank and its nonce."""
-        whole = hello.ljust(HELLO.size, b"\0")
-        magic, version, epoch, rank, theirs, _ = HELLO.unpack(whole)
-        reason = ""
-        if (magic, version) != (MAGIC, VERSION):
-            reason = f"it began with {hello[:12]!r}; expected a tprt rank that speaks version {VERSION}"
-        elif not is_hello_proven(whole, nonce, self._token):
-            reason = "it does not know the token of this deployment"
-        elif epoch != self._epoch:
-            reason = f"it was started for epoch {epoch}; this is epoch {self._epoch}"
-        elif rank not in self._missing():
-            reason = f"it calls itself rank {rank}; expected one of {self._missing()}"
-        return reason, rank, theirs
+    def _why_refused(self, hello: RemoteHello, nonce: bytes) -> str:
+        """Return why whoever said `hello` when greeted with `nonce` is not let in; empty if it is."""
+        if reason := hello.why_unproven(nonce, self._token):
+            return reason
+        if hello.epoch != self._epoch:
+            return f"it was started for epoch {hello.epoch}; this is epoch {self._epoch}"
+        if hello.rank not in self._missing():
+            return f"it calls itself rank {hello.rank}; expected one of {self._missing()}"
+        return ""
 
 
 def _poll(events: dict[int, int], timeout_s: float) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.transport.groups import Group, connect_group
+from tests.unit.transport.groups import Group, connect_group, connect_spread_group
 from tprt.transport.inproc import make_inproc_group
 
 
@@ -33,16 +33,17 @@ def run_dir(no_descriptor_is_left: None) -> Iterator[Path]:
 MakeGroup = Callable[[int], Group]
 
 
-@pytest.fixture(params=["inproc", "shm"])
+@pytest.fixture(params=["inproc", "shm", "spread"])
 def make_group(request: pytest.FixtureRequest, run_dir: Path) -> Iterator[MakeGroup]:
-    """Return a maker of groups of either kind; all of them are closed at the end."""
+    """Return a maker of groups of each kind; all of them are closed at the end."""
     made: list[Group] = []
 
     def make(world_size: int) -> Group:
         if request.param == "inproc":
             made.append(Group("inproc", *make_inproc_group(world_size)))
         else:
-            made.append(connect_group(f"{run_dir}/hub{len(made)}", world_size))
+            connect = connect_group if request.param == "shm" else connect_spread_group
+            made.append(connect(f"{run_dir}/hub{len(made)}", world_size))
         return made[-1]
 
     yield make

@@ -1,4 +1,4 @@
-"""What hub and links promise, held by both kinds: shared memory, and the twin in one process."""
+"""What hub and links promise, held by each kind: shared memory, several hosts, and the twin in one process."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ def test_a_hub_that_closes_wakes_a_rank_after_it_has_read_everything(make_group:
     with later(0.1, group.hub.close):
         assert group.links[1].steps.receive(WAIT_S) == b"one"
         assert group.links[1].steps.receive(WAIT_S) == b"two"
-        with pytest.raises(PeerLostError, match="the coordinator is gone"):
+        with pytest.raises(PeerLostError, match=r"the coordinator.* is gone"):
             group.links[1].steps.receive(WAIT_S)
     assert time.monotonic() - begin_s < WAIT_S / 2
-    with pytest.raises(PeerLostError, match="the coordinator is gone"):
+    with pytest.raises(PeerLostError, match=r"the coordinator.* is gone"):
         group.links[1].steps.receive(WAIT_S)
 
 
@@ -163,7 +163,7 @@ def test_room_that_is_made_wakes_the_sender(make_group: Callable[[int], Any]) ->
 def test_nothing_in_time_is_a_timeout(make_group: Callable[[int], Any], timeout_s: float) -> None:
     group = make_group(2)
     begin_s = time.monotonic()
-    with pytest.raises(TransportTimeoutError, match="the coordinator has sent nothing"):
+    with pytest.raises(TransportTimeoutError, match=r"the coordinator.* has sent nothing"):
         group.links[0].steps.receive(timeout_s)
     assert group.hub.receive_control(timeout_s) is None
     with pytest.raises(TransportTimeoutError, match="rank 0 has not answered"):
