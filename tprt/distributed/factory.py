@@ -13,7 +13,14 @@ import torch
 
 from tprt.distributed.shm_collectives import ShmCollectives
 from tprt.distributed.shm_rendezvous import exchange_memory
-from tprt.distributed.torch_collectives import Rendezvous, TorchCollectives, file_store, meet_in_store
+from tprt.distributed.torch_collectives import (
+    Rendezvous,
+    TcpMeeting,
+    TorchCollectives,
+    file_store,
+    meet_in_store,
+    tcp_store,
+)
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
@@ -36,18 +43,18 @@ def make_group(
     rank: int,
     world_size: int,
     device: torch.device,
-    run_dir: str,
+    meeting: str | TcpMeeting,
     deadlines: GroupDeadlines,
 ) -> TPGroup:
-    """Meet the other ranks of this host and return the group, ready for collectives.
+    """Meet the other ranks and return the group, ready for collectives.
 
     Args:
         backend: shm between CPU ranks; nccl between CUDA devices; gloo anywhere.
         rank: this rank.
         world_size: number of ranks; 1 needs no peers and gets a group without collectives.
         device: where the tensors of this rank are.
-        run_dir: an existing directory, private to this one group: a group that takes the place of a failed
-            one needs a new one.
+        meeting: where ranks of one host meet: an existing directory, private to this one group, so that one
+            that takes the place of a failed group needs a new one; or where those of several hosts do.
         deadlines: longest waits for the other ranks.
 
     Raises:
@@ -59,13 +66,18 @@ def make_group(
         return TPGroup(rank, world_size)
     _check_device(backend, device)
     if backend == "shm":
-        path = os.path.join(run_dir, _SOCKET_NAME)
+        if isinstance(meeting, TcpMeeting):
+            raise TransportError("backend shm joins the ranks of one host only; take gloo between hosts")
+        path = os.path.join(meeting, _SOCKET_NAME)
         memory = exchange_memory(path, rank, world_size, deadlines.meet_s)
         try:
             return TPGroup(rank, world_size, ShmCollectives(rank, world_size, memory, deadlines.collective_s))
         finally:
             memory.close()
-    store = file_store(os.path.join(run_dir, _STORE_NAME), world_size)
+    if isinstance(meeting, TcpMeeting):
+        store = tcp_store(meeting, deadlines.meet_s)
+    else:
+        store = file_store(os.path.join(meeting, _STORE_NAME), world_size)
     meet_in_store(store, rank, world_size, deadlines.meet_s)
     rendezvous = Rendezvous(store=store, timeout_s=deadlines.collective_s)
     return TPGroup(rank, world_size, TorchCollectives(backend, rank, world_size, device, rendezvous))

@@ -7,6 +7,7 @@ uses is the environment's affair (`GLOO_SOCKET_IFNAME`). Knows nothing of who st
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
 
@@ -46,6 +47,45 @@ def file_store(path: str, world_size: int) -> Store:
     """Return a store for the ranks of one host; the file at `path` must be new and belongs to this group."""
     store: Store = dist.FileStore(path, world_size)  # type: ignore[attr-defined]  # torch exports it implicitly
     return store
+
+
+@dataclass(frozen=True, slots=True)
+class TcpMeeting:
+    """Where the ranks of several hosts meet: a store that one of them keeps.
+
+    Attributes:
+        host, port: where it listens.
+        epoch: number of the worker group; what others have left in the store is not seen.
+        listener: the descriptor of a socket that listens there, of the rank that keeps the store; others: None.
+    """
+
+    host: str
+    port: int
+    epoch: int
+    listener: int | None = None
+
+
+def tcp_store(meeting: TcpMeeting, timeout_s: float) -> Store:
+    """Return the store of a meeting, which takes over a duplicate of its listener.
+
+    Raises:
+        TransportTimeoutError: nobody keeps it there within `timeout_s`.
+    """
+    try:
+        store: Store = dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it implicitly
+            meeting.host,
+            meeting.port,
+            is_master=meeting.listener is not None,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=None if meeting.listener is None else os.dup(meeting.listener),
+        )
+    except RuntimeError as error:  # DistNetworkError
+        raise TransportTimeoutError(
+            f"no rank keeps the store of ranks at {meeting.host}, port {meeting.port}, after {timeout_s:g} s"
+        ) from error
+    prefixed: Store = PrefixStore(f"tprt-{meeting.epoch}", store)
+    return prefixed
 
 
 def meet_in_store(store: Store, rank: int, world_size: int, timeout_s: float) -> None:
