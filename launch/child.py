@@ -17,6 +17,8 @@ EPOCH = "TPRT_EPOCH"
 SUPERVISOR_FD = "TPRT_SUPERVISOR_FD"
 LISTENER_FD = "TPRT_LISTENER_FD"
 API_KEYS = "TPRT_API_KEYS"
+# Ranks that are all on this host need no interface but the loopback.
+GLOO_ON_ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run_child(

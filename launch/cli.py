@@ -11,6 +11,7 @@ import typer
 from launch import config_command
 from launch.bench import command as bench_command
 from launch.chat_command import chat
+from launch.doctor_command import doctor
 from launch.failure import INPUT_ERRORS
 from launch.generate_command import generate
 from launch.planning.command import plan
@@ -34,6 +35,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(chat)
 app.command()(plan)
+app.command()(doctor)
 app.command()(status)
 app.command()(stop)
 app.add_typer(config_command.app, name="config")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from launch.child import API_KEYS, EPOCH, LISTENER_FD
+from launch.child import API_KEYS, EPOCH, GLOO_ON_ONE_HOST, LISTENER_FD
 from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
@@ -125,8 +125,7 @@ class Deployment:
     def _make_ranks(self, epoch: int) -> list[ChildSpec]:
         """Return the rank processes of `epoch`."""
         world_size = self.config.parallel.tensor_parallel_size
-        # All ranks are on this host, so gloo needs no interface but the loopback.
-        common = {RUN_DIR: str(self._run_dir.path), EPOCH: str(epoch), "GLOO_SOCKET_IFNAME": "lo"}
+        common = {RUN_DIR: str(self._run_dir.path), EPOCH: str(epoch), **GLOO_ON_ONE_HOST}
         specs = []
         for rank in range(world_size):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}

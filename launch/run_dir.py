@@ -25,6 +25,8 @@ from tprt.errors import ConfigError
 # A unix socket's path holds 107 bytes; the longest name below is under 40.
 _MAX_FOLDER = 64
 _PREFIX = "tprt-"
+# Of folders that belong to no deployment.
+_TRIAL_PREFIX = "tprt-trial-"
 _LOCK = "owner.lock"
 _CONFIG = "config.json"
 
@@ -37,8 +39,11 @@ class RunDir:
         self._lock_fd = lock_fd
 
     @classmethod
-    def create(cls) -> RunDir:
+    def create(cls, is_trial: bool = False) -> RunDir:
         """Make one in the first place that is writable, and remove what killed processes have left there.
+
+        Args:
+            is_trial: it is for no deployment, and none is found in it.
 
         Raises:
             ConfigError: no writable place was found.
@@ -47,7 +52,8 @@ class RunDir:
         for parent in _places():
             _remove_abandoned(parent)
             try:
-                path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+                prefix = _TRIAL_PREFIX if is_trial else _PREFIX
+                path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
                 return cls(path, _hold(path))
             except OSError as error:
                 tried.append(f"{parent}: {error.strerror}")
@@ -85,6 +91,12 @@ def _hold(path: Path) -> int:
     return fd
 
 
+def remove_abandoned() -> None:
+    """Remove the folders of processes that were killed, wherever one would be made."""
+    for parent in _places():
+        _remove_abandoned(parent)
+
+
 def _remove_abandoned(parent: str) -> None:
     with contextlib.suppress(OSError):
         for path in Path(parent).glob(f"{_PREFIX}*"):
@@ -97,7 +109,7 @@ def living_run_dirs() -> list[Path]:
     # One place may be there under two names.
     places = {Path(parent).resolve() for parent in _places()}
     found = (path for place in places for path in place.glob(f"{_PREFIX}*"))
-    return sorted(path for path in found if _owner_lives(path))
+    return sorted(path for path in found if not path.name.startswith(_TRIAL_PREFIX) and _owner_lives(path))
 
 
 def _owner_lives(path: Path) -> bool | None:

@@ -1,0 +1,138 @@
+"""Runs all checks within a deadline, whatever becomes of them. Knows nothing of what they look at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from launch.doctor.checks import CHECKS, Check
+from launch.doctor.finding import Finding, bad, skipped, warning
+from launch.doctor.request import DoctorRequest
+from launch.parent_death import PARENT_PID
+from launch.run_dir import remove_abandoned
+
+_MAX_MESSAGE_BYTES = 65536
+_GONE_S = 0.5
+# Processes that want a CPU, for each that there is: from here on no answer may be a slow one.
+_BUSY = 2
+_SLOW_TORCH = (
+    "try again: the second import is from memory; on a machine this slow raise supervision.startup_timeout_s,"
+    " and put the Python environment on a local disk"
+)
+
+
+class Results:
+    """What has been heard of each check."""
+
+    def __init__(self) -> None:
+        self._began: set[int] = set()
+        self._ended: set[int] = set()
+        self._findings: dict[int, list[Finding]] = {}
+
+    def hear(self, message: bytes) -> None:
+        """Take in one message of the runner."""
+        number, what = json.loads(message)
+        if what == "began":
+            self._began.add(number)
+        elif what == "ended":
+            self._ended.add(number)
+        else:
+            self._findings.setdefault(number, []).append(Finding.from_fields(what))
+
+    def findings(self, end: str) -> list[Finding]:
+        """Return all findings in the order of the checks; `end` is why nothing more will come."""
+        found: list[Finding] = []
+        for number, check in enumerate(CHECKS):
+            found += self._findings.get(number, [])
+            if number not in self._ended:
+                found.append(_unanswered(check, number in self._began, end))
+        return found
+
+
+def _unanswered(check: Check, has_begun: bool, end: str) -> Finding:
+    if has_begun:
+        load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
+        if load > _BUSY * num_cpus:
+            found = f"gave no answer: {end}, on a busy machine (load {load:.1f} on {num_cpus} CPUs)"
+            return warning(check.name, found, f"try again when it is idle; if it stays so: {check.advice}")
+        return bad(check.name, f"gave no answer: {end}", check.advice)
+    if check.name == "torch":
+        return warning(check.name, f"was not imported yet: {end}", _SLOW_TORCH)
+    awaited = f"the check of {check.after}" if check.after else "the import of torch"
+    return skipped(check.name, f"waited for {awaited}: {end}")
+
+
+def examine(request: DoctorRequest) -> list[Finding]:
+    """Run every check side by side and return what they found, by `request.end_s`."""
+    results = Results()
+    began_s = time.monotonic()
+    with _runner(request) as (runner, channel):
+        has_ended = _hear_all(results, runner, channel, request.end_s)
+    if has_ended:
+        return results.findings(f"the process that runs the checks ended with exit code {runner.returncode}")
+    return results.findings(f"{time.monotonic() - began_s:.1f} s were over")
+
+
+@contextlib.contextmanager
+def _runner(request: DoctorRequest) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """Start the runner; at the end it and all that it has started, and what they left, are gone."""
+    channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with channel, theirs:
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "launch.doctor.runner"],
+            env={**os.environ, PARENT_PID: str(os.getpid())},
+            stdin=subprocess.PIPE,
+            stdout=theirs.fileno(),
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            # One group for all, which Ctrl-C does not reach and which can be ended as one.
+            process_group=0,
+        )
+        theirs.close()
+        try:
+            assert runner.stdin is not None
+            with contextlib.suppress(BrokenPipeError), runner.stdin:
+                runner.stdin.write(request.to_json().encode())
+            yield runner, channel
+        finally:
+            _end_group(runner)
+            remove_abandoned()
+
+
+def _hear_all(results: Results, runner: subprocess.Popen[bytes], channel: socket.socket, end_s: float) -> bool:
+    """Take in what comes until the runner has ended (True) or it is `end_s` (False)."""
+    pidfd = os.pidfd_open(runner.pid)
+    try:
+        while (left_s := end_s - time.monotonic()) > 0:
+            ready = select.select([channel.fileno(), pidfd], [], [], left_s)[0]
+            if channel.fileno() in ready and (message := channel.recv(_MAX_MESSAGE_BYTES)):
+                results.hear(message)
+            elif pidfd in ready:
+                return True
+            else:
+                # All ends of the channel are closed, so the end of the runner is near.
+                select.select([pidfd], [], [], left_s)
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def _end_group(runner: subprocess.Popen[bytes]) -> None:
+    """Kill the runner and its descendants, and wait until they are gone; a driver may hold on to one."""
+    deadline_s = time.monotonic() + _GONE_S
+    with contextlib.suppress(ProcessLookupError):
+        # It has not been waited for, so the group's number is still its own.
+        os.killpg(runner.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            runner.wait(_GONE_S)
+        while time.monotonic() < deadline_s:
+            os.killpg(runner.pid, 0)
+            time.sleep(0.01)
