@@ -25,13 +25,25 @@ def cpu_quota(own: Path = _OWN, mount: Path = _MOUNT) -> float | None:
     return min(quotas, default=None)
 
 
-def memory_limit(own: Path = _OWN, mount: Path = _MOUNT) -> int | None:
-    """Return how many bytes this process and its children may have; None: no limit."""
-    limits = []
+def memory_left(own: Path = _OWN, mount: Path = _MOUNT) -> int | None:
+    """Return how many more bytes this process and its children may have; None: no limit."""
+    left = []
     for folder in _folders("memory", own, mount):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            limits += [int(word) for word in _words(folder / name) if word.isdecimal()]
-    return min((limit for limit in limits if limit < _NO_LIMIT_BYTES), default=None)
+        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
+        used = _number(folder, "memory.current", "memory.usage_in_bytes")
+        if limit is not None and used is not None and limit < _NO_LIMIT_BYTES:
+            words = _words(folder / "memory.stat")
+            stat = dict(zip(words[::2], words[1::2], strict=True))
+            # Pages of files that nobody has used lately make room.
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            left.append(max(0, limit - used + cached))
+    return min(left, default=None)
+
+
+def _number(folder: Path, *names: str) -> int | None:
+    """Return the number in the first of these files that has one."""
+    words = (word for name in names for word in _words(folder / name))
+    return next((int(word) for word in words if word.isdecimal()), None)
 
 
 def _folders(controller: str, own: Path, mount: Path) -> Iterator[Path]:

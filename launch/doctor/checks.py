@@ -41,11 +41,20 @@ _SMI = "a driver that hangs needs a reset of the device or a restart of the mach
 _DISK = "see whether the file system of model.path answers (ls, dmesg); a network file system may be gone"
 _TORCH = 'see what `python -c "import torch"` says; install torch anew, or another build of it'
 
+_NCCL = "try NCCL_P2P_DISABLE=1 and NCCL_DEBUG=INFO; disable PCIe ACS and the IOMMU, or update the driver"
+
 CHECKS = (
     Check("versions", "launch.doctor.versions:check_versions"),
     Check("torch", "launch.doctor.versions:check_torch", needs_torch=True, advice=_TORCH),
+    Check("GPU driver", "launch.doctor.nvidia_smi:check_driver", advice=_SMI),
+    Check("devices", "launch.doctor.devices:check_devices", True, "GPU driver", _SMI),
+    Check("peer copies", "launch.doctor.peers:check_peers", True, "devices", _NCCL),
+    Check("all-reduce", "launch.doctor.ranks:check_all_reduce", True, "devices", _NCCL),
     Check("host", "launch.doctor.host:check_host"),
-    Check("all-reduce", "launch.doctor.ranks:check_all_reduce", needs_torch=True),
+    Check("/dev/shm", "launch.doctor.shared_memory:check_shared_memory", needs_torch=True),
     Check("model", "launch.doctor.model:check_model", advice=_DISK),
+    Check("checkpoint", "launch.doctor.checkpoint:check_headers", needs_torch=True, advice=_DISK),
+    Check("disk", "launch.doctor.disk:check_disk", needs_torch=True, advice=_DISK),
     Check("server", "launch.doctor.network:check_server"),
+    Check("other hosts", "launch.doctor.network:check_other_hosts"),
 )

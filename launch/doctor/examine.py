@@ -52,22 +52,26 @@ class Results:
         found: list[Finding] = []
         for number, check in enumerate(CHECKS):
             found += self._findings.get(number, [])
-            if number not in self._ended:
-                found.append(_unanswered(check, number in self._began, end))
+            if number in self._began - self._ended:
+                found.append(_unanswered(check, end))
+            elif number not in self._ended:
+                found.append(self._not_begun(check, end))
         return found
 
+    def _not_begun(self, check: Check, end: str) -> Finding:
+        if check.name == "torch":
+            return warning(check.name, f"was not imported yet: {end}", _SLOW_TORCH)
+        has_torch = any(CHECKS[number].name == "torch" for number in self._began)
+        awaited = f"the check of {check.after}" if has_torch else "the import of torch"
+        return skipped(check.name, f"waited for {awaited}: {end}")
 
-def _unanswered(check: Check, has_begun: bool, end: str) -> Finding:
-    if has_begun:
-        load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
-        if load > _BUSY * num_cpus:
-            found = f"gave no answer: {end}, on a busy machine (load {load:.1f} on {num_cpus} CPUs)"
-            return warning(check.name, found, f"try again when it is idle; if it stays so: {check.advice}")
-        return bad(check.name, f"gave no answer: {end}", check.advice)
-    if check.name == "torch":
-        return warning(check.name, f"was not imported yet: {end}", _SLOW_TORCH)
-    awaited = f"the check of {check.after}" if check.after else "the import of torch"
-    return skipped(check.name, f"waited for {awaited}: {end}")
+
+def _unanswered(check: Check, end: str) -> Finding:
+    load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _BUSY * num_cpus:
+        found = f"gave no answer: {end}, on a busy machine (load {load:.1f} on {num_cpus} CPUs)"
+        return warning(check.name, found, f"try again when it is idle; if it stays so: {check.advice}")
+    return bad(check.name, f"gave no answer: {end}", check.advice)
 
 
 def examine(request: DoctorRequest) -> list[Finding]:

@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from launch.doctor.finding import Finding, bad, ok, skipped, warning
+from launch.doctor.finding import Finding, bad, ok, warning
 from launch.doctor.request import DoctorRequest
 
-_PACKAGES = ("tprt", "torch", "numpy", "pyzmq", "tokenizers", "safetensors")
-# Modules, and the packages that bring them.
-_ATTENTION = {
-    "flash_attn_interface": "tokenspeed-fa3",
-    "flash_attn": "flash-attn",
-    "triton": "triton",
-}
+_NEEDED = ("tprt", "torch", "numpy", "pyzmq", "tokenizers", "safetensors")
+# Attention kernels, for CUDA devices only.
+_OPTIONAL = ("triton", "flash-attn", "tokenspeed-fa3")
 
 
 def check_versions(request: DoctorRequest) -> Iterator[Finding]:
     """Say which versions are here; nothing is imported for it."""
-    packages = {name: _version(name) for name in _PACKAGES}
-    versions = {"Python": platform.python_version(), "Linux": platform.release(), **packages}
-    text = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
-    missing = [name for name, number in packages.items() if not number]
+    needed, optional = _versions(_NEEDED), _versions(_OPTIONAL)
+    found = {"Python": platform.python_version(), "Linux": platform.release(), **needed, **optional}
+    text = ", ".join(f"{name} {number}" for name, number in found.items() if number)
+    details = {"versions": found, "executable": sys.executable}
+    missing = [name for name, number in needed.items() if not number]
+    absent = [name for name, number in optional.items() if not number]
     if missing:
-        yield bad(
-            "versions", f"{', '.join(missing)} not installed; found {text}", "pip install tprt", **versions
-        )
+        fix = "pip install tprt into this environment"
+        yield bad("versions", f"{', '.join(missing)} not installed; found {text}", fix, **details)
     else:
-        yield ok("versions", text, executable=sys.executable, **versions)
-    yield _optional_packages(request)
+        also = f"; optional and not installed: {', '.join(absent)}" if absent else ""
+        yield ok("versions", f"{text}{also}", **details)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _optional_packages(request: DoctorRequest) -> Finding:
-    there = [module for module in _ATTENTION if importlib.util.find_spec(module) is not None]
-    if not request.expects_cuda:
-        return skipped("attention kernels", "ranks compute on the CPU, with plain torch")
-    found = ", ".join(f"{module} {_version(_ATTENTION[module])}".strip() for module in there)
-    if there:
-        return ok("attention kernels", f"installed: {found}", modules=there)
-    fix = "pip install 'tprt[fa3]' for GPUs of compute capability 9, or install triton"
-    return warning("attention kernels", "none installed: attention runs in plain torch, which is slow", fix)
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the version of each package, "" where it is not installed."""
+    found = dict.fromkeys(packages, "")
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def check_torch(request: DoctorRequest) -> Iterator[Finding]:

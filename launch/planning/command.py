@@ -16,7 +16,6 @@ from tprt.errors import ConfigError
 if TYPE_CHECKING:
     from launch.cuda_devices import CudaDevice
     from launch.planning.memory import RankMemory
-    from launch.planning.plan import DeploymentPlan
 
 
 def plan(
@@ -46,14 +45,14 @@ def plan(
     """
     # torch is imported for this command only
     from launch.planning.decode import DecodeOptions, forecast_decode
-    from launch.planning.plan import plan_deployment
+    from launch.planning.plan import capacity_warnings, plan_deployment
     from launch.planning.table import print_plan, to_json
 
     settings, devices, memory = _resolve(load_config(config, set_ or ()), memory_gib)
     planned = plan_deployment(settings, memory)
     options = DecodeOptions(batch_size, context_len, bandwidth_gbs, allreduce_us)
     forecast = forecast_decode(settings, planned, options, devices, memory)
-    warnings = [*_capacity_warnings(planned), *forecast.warnings]
+    warnings = [*capacity_warnings(planned), *forecast.warnings]
     if as_json:
         print(json.dumps(to_json(planned, forecast, warnings)))
     else:
@@ -89,18 +88,3 @@ def _on_cuda(config: Config) -> Config:
         )
     runtime = config.runtime.model_copy(update={"device": "cuda"})
     return config.model_copy(update={"runtime": runtime})
-
-
-def _capacity_warnings(planned: DeploymentPlan) -> list[str]:
-    if planned.num_blocks is None or planned.max_full_sequences:
-        return []
-    if not planned.num_blocks:
-        poorest = [rank.shard.rank for rank in planned.ranks if not rank.num_blocks]
-        return [
-            f"no KV block fits on ranks {poorest}: use more ranks, or raise cache.memory_fraction, or"
-            " cache.cpu_memory_gib on CPUs"
-        ]
-    return [
-        f"the KV blocks hold {planned.num_tokens:,} tokens, less than one sequence of max_model_len"
-        f" {planned.max_model_len:,}: longer ones end there"
-    ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from launch.planning.memory import RankMemory
 from tprt.attention import make_attention_backend
@@ -119,7 +120,8 @@ def _plan_rank(
     dtype: torch.dtype,
     memory: RankMemory | None,
 ) -> RankPlan:
-    weight_bytes = _weight_bytes(config, checkpoint, shard, dtype)
+    model = shape_model(config, checkpoint, shard, dtype)
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     block_bytes = kv_block_bytes(checkpoint, shard, config.cache.block_size, dtype)
     budget: MemoryBudget | None = None
     if planned_device(config).type == "cpu":
@@ -153,8 +155,26 @@ def cuda_budget(
     )
 
 
-def _weight_bytes(config: Config, checkpoint: CheckpointConfig, shard: RankShard, dtype: torch.dtype) -> int:
+def capacity_warnings(planned: DeploymentPlan) -> list[str]:
+    """Say what does not fit into the KV blocks."""
+    if planned.num_blocks is None or planned.max_full_sequences:
+        return []
+    if not planned.num_blocks:
+        poorest = [rank.shard.rank for rank in planned.ranks if not rank.num_blocks]
+        return [
+            f"no KV block fits on ranks {poorest}: use more ranks, or raise cache.memory_fraction, or"
+            " cache.cpu_memory_gib on CPUs"
+        ]
+    return [
+        f"the KV blocks hold {planned.num_tokens:,} tokens, less than one sequence of max_model_len"
+        f" {planned.max_model_len:,}: longer ones end there"
+    ]
+
+
+def shape_model(
+    config: Config, checkpoint: CheckpointConfig, shard: RankShard, dtype: torch.dtype
+) -> nn.Module:
+    """Return the model of a rank on the meta device: its parameters have shapes and no memory."""
     group = TPGroup(shard.rank, config.parallel.tensor_parallel_size)
     parts = ModelParts(checkpoint, shard, group, make_attention_backend("sdpa", 1.0), max_model_len=1)
-    model = build_model(parts, dtype, torch.device("meta"))
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return build_model(parts, dtype, torch.device("meta"))

@@ -57,6 +57,15 @@ def slots_start(world_size: int) -> int:
     return -(-(world_size + 1) * LINE_BYTES // page) * page
 
 
+def group_bytes(world_size: int, slot_bytes: int = DEFAULT_SLOT_BYTES) -> int:
+    """Return the bytes of a group's memory; `slot_bytes` is rounded up to whole pages."""
+    return slots_start(world_size) + NUM_BUFFERS * world_size * _whole_pages(slot_bytes)
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 class ShmGroupMemory:
     """The descriptors of a group's memory: one process creates it, the others get the descriptors.
 
@@ -85,9 +94,9 @@ class ShmGroupMemory:
         """
         if not 2 <= world_size <= MAX_WORLD_SIZE:
             raise TransportError(f"shared memory for {world_size} ranks: expected from 2 to {MAX_WORLD_SIZE}")
-        slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         memory_fd = os.memfd_create("tprt-collectives", os.MFD_CLOEXEC)
-        os.ftruncate(memory_fd, slots_start(world_size) + NUM_BUFFERS * world_size * slot_bytes)
+        os.ftruncate(memory_fd, group_bytes(world_size, slot_bytes))
+        slot_bytes = _whole_pages(slot_bytes)
         os.pwrite(memory_fd, _HEADER.pack(_MAGIC, _VERSION, world_size, slot_bytes), 0)
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         return cls(memory_fd, [os.eventfd(0, flags) for _ in range(world_size)], slot_bytes)

@@ -17,7 +17,7 @@ import mmap
 import time
 from types import TracebackType
 
-from tprt.distributed.shm_memory import LINE_WORDS, NUM_BUFFERS, ShmGroupMemory, slots_start
+from tprt.distributed.shm_memory import LINE_WORDS, NUM_BUFFERS, ShmGroupMemory, group_bytes, slots_start
 from tprt.distributed.shm_rendezvous import exchange_memory
 from tprt.errors import TransportTimeoutError
 from tprt.transport.memory_order import fence
@@ -142,6 +142,11 @@ def make_local_exchanges(world_size: int, timeout_s: float) -> list[LoadExchange
     """Return the exchanges of ranks that are threads of this process."""
     memory = ShmGroupMemory.create(world_size, _memory_slot_bytes(world_size))
     return [LoadExchange(memory, rank, timeout_s) for rank in range(world_size)]
+
+
+def exchange_bytes(world_size: int) -> int:
+    """Return the bytes of shared memory that the ranks of a host have while they load."""
+    return group_bytes(world_size, _memory_slot_bytes(world_size)) if world_size > 1 else 0
 
 
 def _memory_slot_bytes(world_size: int) -> int:

@@ -21,7 +21,7 @@ from tprt.weights.file_reader import FileReader, buffer_bytes
 from tprt.weights.placement import Placement
 from tprt.weights.read_plan import Chunk, Piece, ReadPlan
 
-_NUM_READERS = 4
+NUM_READERS = 4
 # Of these so many at a time take from the page cache: that waits for no disk, only for a core.
 _NUM_COPIERS = 2
 
@@ -71,7 +71,7 @@ class Reading:
                 stack.callback(reader.close)
             threads = [
                 threading.Thread(target=self._guard, args=(self._read_tasks,), name=f"tprt-load-{number}")
-                for number in range(_NUM_READERS)
+                for number in range(NUM_READERS)
             ]
             for thread in threads:
                 thread.start()

@@ -1,0 +1,109 @@
+"""Whether what the deployment will hold fits into what is there, as `tprt plan` predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from launch.cuda_devices import CudaDevice
+from launch.doctor.cgroup import memory_left
+from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
+from launch.doctor.request import DoctorRequest
+from launch.doctor.shared_memory import own_bytes
+from launch.planning.memory import detected_memory
+from launch.planning.plan import DeploymentPlan, capacity_warnings, plan_deployment
+from launch.planning.rank_weights import resolve_rank_weights
+from tprt.attention.registry import make_attention_backend
+from tprt.attention.requirements import AttentionSetup
+from tprt.checkpoint_config import read_checkpoint_config
+from tprt.errors import CheckpointError, ConfigError, ShardPlanError, UnsupportedModelError
+from tprt.worker.memory_budget import gib
+
+_MEMINFO = Path("/proc/meminfo")
+_KIB = 1024
+# A process of torch, coordinator, server and launcher among them, without any weights.
+_PROCESS_BYTES = 300 * 2**20
+_FEWER_BLOCKS = "lower cache.num_blocks or cache.cpu_memory_gib, use fewer ranks or a smaller model"
+_MORE_BLOCKS = "lower model.max_model_len, use more ranks, or raise cache.num_blocks or what limits it"
+
+
+def check_memory(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Iterator[Finding]:
+    """Predict the memory of each rank on `devices`, or on the CPU, and look at the attention backend."""
+    config = request.config
+    try:
+        config = resolve_rank_weights(config, look=lambda: devices)
+        memory = detected_memory(devices, request.num_ranks) if devices else None
+        planned = plan_deployment(config, memory)
+    except (CheckpointError, UnsupportedModelError, ShardPlanError):
+        yield skipped("memory", "the model cannot be planned: see model")
+        return
+    except ConfigError as error:
+        yield refused("memory", error, "change the setting that is named")
+        return
+    yield _judge_cpu(request, planned) if planned.device == "cpu" else _judge_cuda(planned)
+    yield _attention(request, planned)
+
+
+def _judge_cuda(planned: DeploymentPlan) -> Finding:
+    if planned.num_blocks is None:
+        why = "no CUDA device to plan for: tprt plan with --memory-gib tells what fits"
+        return skipped("memory", why)
+    ranks = [
+        f"rank {rank.shard.rank} {gib(rank.weight_bytes)} of weights"
+        f" on {gib(0 if rank.budget is None else rank.budget.total)}"
+        for rank in planned.ranks
+    ]
+    return _judge_blocks(planned, ", ".join(ranks))
+
+
+def _judge_cpu(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
+    weights = sum(rank.weight_bytes for rank in planned.ranks)
+    blocks = sum(rank.kv_bytes_per_token * (planned.num_tokens or 0) for rank in planned.ranks)
+    others = own_bytes(request) + _PROCESS_BYTES * (request.num_ranks + 1)
+    needed, there = weights + blocks + others, available_bytes()
+    text = (
+        f"weights {gib(weights)}, KV blocks {gib(blocks)}, processes and what they share {gib(others)}:"
+        f" {gib(needed)} of the {gib(there)} that are there"
+    )
+    details = {"weights": weights, "kv_blocks": blocks, "others": others, "available": there}
+    if needed > there:
+        return bad("memory", text, _FEWER_BLOCKS, **details)
+    return _judge_blocks(planned, text)
+
+
+def _judge_blocks(planned: DeploymentPlan, text: str) -> Finding:
+    details = {"num_blocks": planned.num_blocks, "num_tokens": planned.num_tokens}
+    for line in capacity_warnings(planned):
+        if not planned.num_blocks:
+            found, _, fix = line.partition(": ")
+            return bad("memory", f"{text}; {found}", fix, **details)
+        return warning("memory", f"{text}; {line}", _MORE_BLOCKS, **details)
+    return ok("memory", f"{text}; {planned.num_tokens:,} tokens fit into the KV blocks", **details)
+
+
+def _attention(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
+    """Look for the attention backend as a rank does."""
+    name = request.config.runtime.attention_backend
+    device = torch.device(planned.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return skipped("attention", "there is no CUDA device to choose it for")
+    head_dim = read_checkpoint_config(request.config.model.path).head_dim
+    setup = AttentionSetup(device, planned.dtype, head_dim, planned.block_size)
+    try:
+        found = make_attention_backend(name, 1.0, setup).name
+    except ConfigError as error:
+        return refused("attention", error, "set runtime.attention_backend: auto")
+    if found == "sdpa" and device.type == "cuda" and name == "auto":
+        fix = "pip install 'tprt[fa3]' on GPUs of compute capability 9, or triton"
+        return warning("attention", "no attention kernels work here: plain torch (sdpa), which is slow", fix)
+    return ok("attention", f"backend {found}")
+
+
+def available_bytes() -> int:
+    """Return the memory that new processes of this one can get: of the machine, and of its control group."""
+    lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+    free = next(int(fields[1]) * _KIB for fields in lines if fields[0] == "MemAvailable:")
+    left = memory_left()
+    return free if left is None else min(free, left)

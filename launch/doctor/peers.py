@@ -1,0 +1,81 @@
+"""Whether what one CUDA device writes into another arrives: every pair, in both directions, read back."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from launch.doctor.finding import Finding, bad, ok, skipped
+from launch.doctor.forked import end_child, fork_child
+from launch.doctor.request import DoctorRequest
+
+_NAME = "peer copies"
+_LONGEST_S = 5.0
+_NUM_ELEMENTS = 2**20
+_FIX = (
+    "set NCCL_P2P_DISABLE=1 to go by way of the host's memory; to repair it, disable PCIe ACS and the IOMMU"
+    " in the BIOS and kernel, or update the driver"
+)
+
+
+def check_peers(request: DoctorRequest) -> Iterator[Finding]:
+    """Copy between all pairs of devices in a process of its own, which may hang."""
+    if not request.expects_cuda or request.num_ranks == 1 or torch.version.cuda is None:
+        yield skipped(_NAME, "there are no two CUDA devices to copy between")
+        return
+    receiver, sender = Pipe(duplex=False)
+    with receiver:
+        with sender:
+            pid = fork_child(partial(_copy, request.num_ranks, sender))
+        try:
+            yield _hear(request.num_ranks, receiver, request.left_s(_LONGEST_S))
+        finally:
+            end_child(pid)
+
+
+def _copy(num_devices: int, connection: Connection) -> None:
+    """Copy between all pairs: say which one begins, and then whether it is direct and what arrived is right."""
+    for source, target in itertools.permutations(range(num_devices), 2):
+        connection.send((source, target))
+        written = torch.arange(_NUM_ELEMENTS, device=f"cuda:{source}") * (source + 1)
+        received = torch.full_like(written, -1, device=f"cuda:{target}")
+        received.copy_(written)
+        torch.cuda.synchronize(target)
+        is_right = torch.equal(received.cpu(), torch.arange(_NUM_ELEMENTS) * (source + 1))
+        connection.send((torch.cuda.can_device_access_peer(source, target), is_right))
+
+
+def _hear(num_devices: int, receiver: Connection, timeout_s: float) -> Finding:
+    """Take in what is said of each pair."""
+    end_s = time.monotonic() + timeout_s
+    num_pairs = num_devices * (num_devices - 1)
+    pair, wrong, num_direct = "", [], 0
+    for _ in range(num_pairs):
+        try:
+            pair = "the first copy"
+            source, target = _receive(receiver, end_s)
+            pair = f"{source} to {target}"
+            is_direct, is_right = _receive(receiver, end_s)
+        except (EOFError, TimeoutError) as error:
+            how = "the process died" if isinstance(error, EOFError) else "nothing arrived in time"
+            return bad(_NAME, f"device {pair}: {how}", _FIX)
+        num_direct += is_direct
+        if not is_right:
+            wrong.append(pair)
+    if wrong:
+        return bad(_NAME, f"what arrived is not what was written, from device {', '.join(wrong)}", _FIX)
+    text = f"{num_pairs} pairs of devices: what was written was read, {num_direct} directly"
+    return ok(_NAME, text, pairs=num_pairs, direct=num_direct)
+
+
+def _receive(receiver: Connection, end_s: float) -> Any:
+    if not receiver.poll(max(0.0, end_s - time.monotonic())):
+        raise TimeoutError
+    return receiver.recv()
