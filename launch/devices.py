@@ -3,45 +3,110 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import torch
 
+from tprt.config import ParallelConfig
+from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
 
 
-def choose_device(setting: str, local_rank: int) -> torch.device:
-    """Return this rank's device: `auto` is a CUDA device of its own where there are any.
+@dataclass(frozen=True, slots=True)
+class RankDevice:
+    """The device of a rank.
+
+    Attributes:
+        device: the CPU, or a CUDA device of this host.
+        num_sharers: ranks that are on it, this one included; 1 on a CPU, whose memory is not divided.
+        any_shared: whether any ranks of this host share a GPU.
+    """
+
+    device: torch.device
+    num_sharers: int = 1
+    any_shared: bool = False
+
+
+def choose_device(setting: str, local_rank: int, local_world_size: int, allow_shared_gpu: bool) -> RankDevice:
+    """Return this rank's device: `auto` is a CUDA device where there are any.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is no device for this rank.
+        ConfigError: there is no device for this rank.
     """
     count = torch.cuda.device_count() if setting != "cpu" else 0
     if setting == "cpu" or (setting == "auto" and count == 0):
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise ConfigError(
-            f"rank {local_rank} of this host needs CUDA device {local_rank}, but {count} are visible; lower"
-            " parallel.tensor_parallel_size or set runtime.device: cpu"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+        return RankDevice(torch.device("cpu"))
+    chosen = place_on_gpu(local_rank, local_world_size, count, allow_shared_gpu)
+    torch.cuda.set_device(chosen.device)
+    return chosen
 
 
-def choose_all_reduce(setting: str, device: torch.device) -> Literal["shm", "gloo", "nccl"]:
-    """Return the all-reduce for ranks on `device`.
+def place_on_gpu(local_rank: int, local_world_size: int, num_gpus: int, allow_shared_gpu: bool) -> RankDevice:
+    """Return one of `num_gpus` for the rank: one of its own, or the next in turn where they may be shared.
 
     Raises:
-        ConfigError: the one asked for cannot work there.
+        ConfigError: there is none.
+    """
+    any_shared = local_world_size > num_gpus
+    if num_gpus == 0 or (any_shared and not allow_shared_gpu):
+        shared = " set parallel.allow_shared_gpu: true (for tests)," if num_gpus else ""
+        raise ConfigError(
+            f"{local_world_size} ranks of this host need a CUDA device each, but {num_gpus} are visible; lower"
+            f" parallel.tensor_parallel_size,{shared} or set runtime.device: cpu"
+        )
+    index = local_rank % num_gpus
+    num_sharers = len(range(index, local_world_size, num_gpus))
+    return RankDevice(torch.device("cuda", index), num_sharers, any_shared)
+
+
+def choose_all_reduce(setting: str, device_type: str, any_shared: bool = False) -> CollectiveBackend:
+    """Return the all-reduce for ranks on devices of `device_type`, some of which may be shared.
+
+    Raises:
+        ConfigError: the one asked for cannot work there, or is not known.
     """
     if setting == "auto":
-        return "nccl" if device.type == "cuda" else "shm"
-    if setting == "nccl" and device.type != "cuda":
-        raise ConfigError("parallel.all_reduce is nccl, which needs CUDA devices; use shm or gloo on CPUs")
-    if setting == "shm" and device.type != "cpu":
-        raise ConfigError("parallel.all_reduce is shm, which joins CPU ranks only; use nccl on CUDA devices")
-    return "gloo" if setting == "gloo" else "shm" if setting == "shm" else "nccl"
+        return "shm" if device_type == "cpu" else "symm_mem" if any_shared else "nccl"
+    if setting in ("nccl", "symm_mem") and device_type != "cuda":
+        raise ConfigError(
+            f"parallel.all_reduce is {setting}, which needs CUDA devices; use shm or gloo on CPUs"
+        )
+    if setting == "shm" and device_type != "cpu":
+        raise ConfigError(
+            "parallel.all_reduce is shm, which joins CPU ranks only; use nccl or symm_mem on CUDA devices"
+        )
+    if setting == "nccl" and any_shared:
+        raise ConfigError(
+            "parallel.all_reduce is nccl, which refuses ranks that share a GPU; use symm_mem, or a GPU for each"
+        )
+    known: tuple[CollectiveBackend, ...] = get_args(CollectiveBackend)
+    for backend in known:
+        if setting == backend:
+            return backend
+    raise ConfigError(f"parallel.all_reduce is {setting}; expected auto or one of {', '.join(known)}")
+
+
+def prepare_shared_memory(parallel: ParallelConfig) -> None:
+    """Tell PyTorch's symmetric memory, by the environment of this process, what it may do.
+
+    NVLink multicast stays off: nothing here uses it, and it takes more rights than plain peer access.
+    """
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    if parallel.allow_shared_gpu:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+
+
+def is_mps_running(env: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the control daemon of CUDA's Multi-Process Service is there, by its pipe."""
+    return (Path(env.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control").exists()
+
+
+def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder for what is measured once and kept: `$XDG_CACHE_HOME/tprt`."""
+    return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tprt"
 
 
 def threads_per_rank(local_world_size: int) -> int:

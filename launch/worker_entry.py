@@ -24,12 +24,14 @@ from launch.run_dir import epoch_dir, heartbeats_path, read_config, worker_socke
 from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
 from tprt.errors import TransportError
-from tprt.log import configure_logging
+from tprt.log import configure_logging, get_logger
 from tprt.messages import WorkerFailed
 from tprt.transport.codec import encode
 from tprt.transport.heartbeat import HeartbeatWriter, Phase
 
 if TYPE_CHECKING:
+    from launch.devices import RankDevice
+    from tprt.distributed import TPGroup
     from tprt.transport.channel import WorkerLink
 
 # The end of a traceback says most; a control message has a bound.
@@ -89,16 +91,21 @@ class WorkerProcess:
         """Import torch, join the group, load, and run steps until told to stop."""
         import torch
 
-        from launch.devices import choose_all_reduce, choose_device, threads_per_rank
+        from launch.devices import choose_device, prepare_shared_memory, threads_per_rank
         from tprt.checkpoint_config import read_checkpoint_config
-        from tprt.distributed import GroupDeadlines, make_group
         from tprt.transport.link import ShmWorkerLink
         from tprt.weights import join_load_exchange
         from tprt.worker.main import Worker
 
         place, config = self._place, self._config
         self._beat.set_phase(Phase.START)
-        device = choose_device(config.runtime.device, place.local_rank)
+        prepare_shared_memory(config.parallel)
+        chosen = choose_device(
+            config.runtime.device,
+            place.local_rank,
+            place.local_world_size,
+            config.parallel.allow_shared_gpu,
+        )
         torch.set_num_threads(config.runtime.num_threads or threads_per_rank(place.local_world_size))
         timeout_s = config.supervision.startup_timeout_s
         socket = worker_socket(place.run_dir, place.epoch)
@@ -107,21 +114,35 @@ class WorkerProcess:
         self._beat.set_phase(Phase.GROUP_INIT)
         checkpoint = read_checkpoint_config(config.model.path)
         meeting = epoch_dir(place.run_dir, place.epoch)
-        group = make_group(
-            choose_all_reduce(config.parallel.all_reduce, device),
-            place.rank,
-            place.world_size,
-            device,
-            str(meeting),
-            GroupDeadlines(timeout_s, config.supervision.step_timeout_s),
-        )
+        group = self._join_group(chosen, str(meeting))
         load_socket = str(meeting / "load.sock")
         exchange = join_load_exchange(load_socket, place.local_rank, place.local_world_size, timeout_s)
         worker = Worker(config, link, place.epoch, self._beat)
-        worker.prepare(checkpoint, group, device, exchange)
+        worker.prepare(checkpoint, group, chosen.device, exchange, chosen.num_sharers)
         worker.run()
         link.close()
         group.close()
+
+    def _join_group(self, chosen: RankDevice, meeting: str) -> TPGroup:
+        from launch.devices import cache_folder, choose_all_reduce, is_mps_running
+        from tprt.distributed import GroupDeadlines, make_group, tune_all_reduce
+
+        place, supervision = self._place, self._config.supervision
+        if chosen.any_shared and place.rank == 0 and not is_mps_running():
+            get_logger(__name__).warning(
+                "ranks share a GPU and CUDA's MPS daemon is not running: they take turns of milliseconds; start"
+                " nvidia-cuda-mps-control -d"
+            )
+        group = make_group(
+            choose_all_reduce(self._config.parallel.all_reduce, chosen.device.type, chosen.any_shared),
+            place.rank,
+            place.world_size,
+            chosen.device,
+            meeting,
+            GroupDeadlines(supervision.startup_timeout_s, supervision.step_timeout_s),
+        )
+        tune_all_reduce(group, cache_folder())
+        return group
 
 
 def open_beat(place: WorkerPlace) -> HeartbeatWriter:

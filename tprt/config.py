@@ -51,8 +51,10 @@ class ParallelConfig(_Section):
     """Number of ranks, each a process with one device."""
     rank_weights: RankWeights | None = None
     """Share of each rank, in any unit (GiB of its GPU, say); auto: memory of its GPU; none: equal shares."""
-    all_reduce: Literal["auto", "shm", "gloo", "nccl"] = "auto"
-    """How ranks sum: auto takes nccl on CUDA devices and shm between CPU ranks."""
+    all_reduce: Literal["auto", "shm", "gloo", "nccl", "symm_mem"] = "auto"
+    """How ranks sum: auto takes nccl on CUDA devices, symm_mem where ranks share one, shm between CPU ranks."""
+    allow_shared_gpu: bool = False
+    """Let ranks share GPUs where there are more ranks than GPUs: for tests, with CUDA's MPS daemon running."""
 
     @model_validator(mode="after")
     def _one_weight_for_each_rank(self) -> ParallelConfig:

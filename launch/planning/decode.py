@@ -105,7 +105,7 @@ def _machine(
     device = planned_device(config)
     bandwidth_gbs, bandwidth_from = _bandwidth(device.type, options.bandwidth_gbs, devices)
     shared = " shared by all ranks" if device.type == "cpu" else ""
-    backend = choose_all_reduce(config.parallel.all_reduce, device)
+    backend = choose_all_reduce(config.parallel.all_reduce, device.type)
     machine = Machine(
         bandwidth_gbs=bandwidth_gbs,
         shares_memory=device.type == "cpu",

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.distributed.distributed_c10d import Store
 
 from tprt.distributed.shm_collectives import ShmCollectives
 from tprt.distributed.shm_rendezvous import exchange_memory
+from tprt.distributed.symm_mem import SymmMemCollectives
 from tprt.distributed.torch_collectives import (
     Rendezvous,
     TcpMeeting,
@@ -24,7 +26,7 @@ from tprt.distributed.torch_collectives import (
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
-CollectiveBackend = Literal["shm", "gloo", "nccl"]
+CollectiveBackend = Literal["shm", "gloo", "nccl", "symm_mem"]
 
 _SOCKET_NAME = "collectives.sock"
 _STORE_NAME = "collectives.store"
@@ -49,7 +51,8 @@ def make_group(
     """Meet the other ranks and return the group, ready for collectives.
 
     Args:
-        backend: shm between CPU ranks; nccl between CUDA devices; gloo anywhere.
+        backend: shm between CPU ranks; nccl between CUDA devices; symm_mem between CUDA devices that can read
+            each other's memory, or ranks that share one; gloo anywhere.
         rank: this rank.
         world_size: number of ranks; 1 needs no peers and gets a group without collectives.
         device: where the tensors of this rank are.
@@ -80,13 +83,31 @@ def make_group(
         store = file_store(os.path.join(meeting, _STORE_NAME), world_size)
     meet_in_store(store, rank, world_size, deadlines.meet_s)
     rendezvous = Rendezvous(store=store, timeout_s=deadlines.collective_s)
-    return TPGroup(rank, world_size, TorchCollectives(backend, rank, world_size, device, rendezvous))
+    if backend == "gloo":
+        return TPGroup(rank, world_size, TorchCollectives("gloo", rank, world_size, device, rendezvous))
+    devices = _exchange_devices(store, rank, world_size, device)
+    is_shared = len(set(devices)) < world_size
+    if backend == "nccl" and is_shared:
+        raise TransportError(
+            f"nccl refuses ranks that share a CUDA device: theirs are {devices}; take symm_mem"
+        )
+    carrier = TorchCollectives("gloo" if is_shared else "nccl", rank, world_size, device, rendezvous)
+    if backend == "nccl":
+        return TPGroup(rank, world_size, carrier)
+    return TPGroup(rank, world_size, SymmMemCollectives(rank, devices, device, carrier, deadlines.collective_s))
+
+
+def _exchange_devices(store: Store, rank: int, world_size: int, device: torch.device) -> list[str]:
+    """Return the unique id of every rank's CUDA device."""
+    keys = [f"tprt-device-{number}" for number in range(world_size)]
+    store.set(keys[rank], str(torch.cuda.get_device_properties(device).uuid))
+    return [store.get(key).decode() for key in keys]
 
 
 def _check_device(backend: CollectiveBackend, device: torch.device) -> None:
-    fits = {"shm": ("cpu",), "gloo": ("cpu", "cuda"), "nccl": ("cuda",)}
+    fits = {"shm": ("cpu",), "gloo": ("cpu", "cuda"), "nccl": ("cuda",), "symm_mem": ("cuda",)}
     if device.type not in fits[backend]:
         raise TransportError(
             f"backend {backend} on device {device}: it works on {' and '.join(fits[backend])};"
-            " take nccl for CUDA devices and shm for CPUs, or gloo"
+            " take nccl or symm_mem for CUDA devices and shm for CPUs, or gloo"
         )

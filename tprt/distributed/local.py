@@ -25,6 +25,8 @@ def make_local_groups(world_size: int, timeout_s: float = 10.0) -> list[TPGroup]
 class LocalCollectives:
     """One rank's end; see `Collectives` for the methods."""
 
+    capturable = False
+
     def __init__(self, rank: int, exchange: _Exchange) -> None:
         self._rank = rank
         self._exchange = exchange

@@ -73,6 +73,8 @@ class ShmCollectives:
         TransportError: the memory is for another number of ranks.
     """
 
+    capturable = False
+
     def __init__(self, rank: int, world_size: int, memory: ShmGroupMemory, timeout_s: float) -> None:
         if memory.world_size != world_size or not 0 <= rank < world_size:
             raise TransportError(

@@ -117,6 +117,9 @@ class TorchCollectives:
         device: where the tensors of this rank are; nccl wants a CUDA device of its own.
         rendezvous: where the ranks find each other, and the deadline.
 
+    Attributes:
+        capturable: whether CUDA graphs can hold its collectives.
+
     Raises:
         TransportError: this process has a default group already, or the group could not be formed.
         TransportTimeoutError: not all ranks came in time.
@@ -129,6 +132,7 @@ class TorchCollectives:
             raise TransportError(
                 "this process has a torch.distributed default group already; close it before making another"
             )
+        self.capturable = backend == "nccl"
         self._rank = rank
         self._backend = backend
         self._device = device
@@ -178,7 +182,9 @@ class TorchCollectives:
 
     def min_int(self, value: int) -> int:
         """Return the least `value`, a signed 64-bit integer, of all ranks."""
-        least = torch.tensor([value], dtype=torch.int64, device=self._device)
+        # gloo would take it off a device first.
+        device = self._device if self._backend == "nccl" else torch.device("cpu")
+        least = torch.tensor([value], dtype=torch.int64, device=device)
         with self._errors("min_int"):
             dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least.item())

@@ -22,7 +22,12 @@ class Collectives(Protocol):
         TransportTimeoutError: a rank did not come to the collective in time.
 
     After either error the group is unusable: close it and build a new one.
+
+    Attributes:
+        capturable: whether CUDA graphs can hold sums and gathers. Those are kernels, and raise nothing.
     """
+
+    capturable: bool
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor`, of any shape, over all ranks, in place; return it. All ranks get the same bits."""
@@ -85,13 +90,14 @@ class TPGroup:
         rank: this process's place, from 0 to `world_size - 1`.
         world_size: number of ranks.
         collective_number: collectives that this rank has begun; a rank that is behind its peers is stuck.
+        collectives: what joins the ranks, None where nothing does.
         observer: who is told of collectives and, by the model, of layers; set it before the first one.
 
     Raises:
         TransportError: a collective was called on more than one rank and the group has none.
     """
 
-    __slots__ = ("_collectives", "collective_number", "observer", "rank", "world_size")
+    __slots__ = ("collective_number", "collectives", "observer", "rank", "world_size")
 
     def __init__(self, rank: int, world_size: int, collectives: Collectives | None = None) -> None:
         if not 0 <= rank < world_size:
@@ -102,7 +108,12 @@ class TPGroup:
         self.world_size = world_size
         self.collective_number = 0
         self.observer: GroupObserver = _NoObserver()
-        self._collectives = collectives
+        self.collectives = collectives
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can hold sums and gathers of this group."""
+        return self.world_size == 1 or (self.collectives is not None and self.collectives.capturable)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place and return it; see `Collectives.all_reduce`."""
@@ -159,15 +170,15 @@ class TPGroup:
 
     def close(self) -> None:
         """Release the collectives; idempotent."""
-        if self._collectives is not None:
-            self._collectives.close()
+        if self.collectives is not None:
+            self.collectives.close()
 
     def _begin(self, name: str) -> Collectives:
-        if self._collectives is None:
+        if self.collectives is None:
             raise TransportError(
                 f"{name} on rank {self.rank} of {self.world_size}: this group was built without collectives,"
                 " which is enough to build and load a shard; pass collectives to TPGroup to compute with it"
             )
         self.collective_number += 1
         self.observer.enter_collective(self.collective_number, name)
-        return self._collectives
+        return self.collectives

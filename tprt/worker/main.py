@@ -55,15 +55,17 @@ class Worker:
         group: TPGroup,
         device: torch.device,
         exchange: LoadExchange | None = None,
+        num_sharers: int = 1,
     ) -> None:
         """Load the model, allocate KV blocks and tell the coordinator that this rank is ready.
 
-        `exchange` joins the ranks of this host while they load; it is closed afterwards.
+        `exchange` joins the ranks of this host while they load; it is closed afterwards. `num_sharers` ranks
+        are on `device`, this one included.
         """
         started_s = time.monotonic()
         group.observer = self._beat
         self._beat.set_phase(Phase.LOAD)
-        self._runner = ModelRunner(self._config, checkpoint, group, device)
+        self._runner = ModelRunner(self._config, checkpoint, group, device, num_sharers)
         with exchange or nullcontext():
             weight_bytes = self._runner.load(exchange, self._beat.on_progress)
         load_s = time.monotonic() - started_s

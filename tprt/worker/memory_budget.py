@@ -66,6 +66,9 @@ class DeviceMemory(Protocol):
     def free_and_total(self) -> tuple[int, int]:
         """Return what nobody uses, and what the device has."""
 
+    def settled(self) -> tuple[int, int]:
+        """Return the same while no other rank of the device changes it; every rank must call it."""
+
     def reserved(self) -> int:
         """Return what the allocator has taken from the device."""
 
@@ -83,15 +86,36 @@ class DeviceMemory(Protocol):
 
 
 class CudaMemory:
-    """`DeviceMemory` of a CUDA device, as torch tells it."""
+    """`DeviceMemory` of a CUDA device, as torch tells it; ranks that share one have equal parts of it.
 
-    def __init__(self, device: torch.device) -> None:
+    They have equal parts of what is free, too: what one holds more than another counts there as used by others,
+    so all of them come to the same that is left.
+
+    Args:
+        device: of this rank.
+        num_sharers: ranks on it, this one included.
+        meet: returns when every rank has called it.
+    """
+
+    def __init__(
+        self, device: torch.device, num_sharers: int = 1, meet: Callable[[], None] = lambda: None
+    ) -> None:
         self._device = device
+        self._num_sharers = num_sharers
+        self._meet = meet
 
     def free_and_total(self) -> tuple[int, int]:
         """Ask the driver, which knows of other programs too."""
         free, total = torch.cuda.mem_get_info(self._device)
-        return int(free), int(total)
+        return int(free) // self._num_sharers, int(total) // self._num_sharers
+
+    def settled(self) -> tuple[int, int]:
+        """Return `free_and_total` while no rank takes or gives back memory; all ranks together."""
+        torch.cuda.synchronize(self._device)
+        self._meet()
+        found = self.free_and_total()
+        self._meet()
+        return found
 
     def reserved(self) -> int:
         """Return `torch.cuda.memory_reserved`."""
@@ -142,7 +166,7 @@ def measure_budget(memory: DeviceMemory, memory_fraction: float, run_step: Calla
         ) from error
     workspace = memory.peak() - before
     memory.release_unused()
-    free, total = memory.free_and_total()
+    free, total = memory.settled()
     return MemoryBudget(
         total=total,
         limit=int(total * memory_fraction),

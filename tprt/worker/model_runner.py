@@ -49,6 +49,10 @@ def _tell_nobody(done_bytes: int, total_bytes: int) -> None:
     pass
 
 
+def _do_nothing() -> None:
+    pass
+
+
 def resolve_dtype(config: Config, checkpoint: CheckpointConfig, device: torch.device) -> torch.dtype:
     """Return the type to compute in: the one set, or the checkpoint's, or float32 on a CPU."""
     name = config.model.dtype
@@ -61,12 +65,19 @@ class ModelRunner:
     """One rank's model and its KV blocks."""
 
     def __init__(
-        self, config: Config, checkpoint: CheckpointConfig, group: TPGroup, device: torch.device
+        self,
+        config: Config,
+        checkpoint: CheckpointConfig,
+        group: TPGroup,
+        device: torch.device,
+        num_sharers: int = 1,
     ) -> None:
+        """Build what needs no weights; `num_sharers` ranks, this one included, are on `device`."""
         self._config = config
         self._checkpoint = checkpoint
         self._group = group
         self._device = device
+        self._memory = CudaMemory(device, num_sharers, group.barrier if num_sharers > 1 else _do_nothing)
         self._dtype = resolve_dtype(config, checkpoint, device)
         self._max_model_len = resolve_max_model_len(checkpoint, config.model.max_model_len)
         self._plan = make_shard_plan(
@@ -91,7 +102,10 @@ class ModelRunner:
         setup = AttentionSetup(self._device, self._dtype, head_dim, self._config.cache.block_size)
         backend = make_attention_backend(self._config.runtime.attention_backend, head_dim**-0.5, setup)
         self._captures = (
-            self._device.type == "cuda" and backend.capturable and not self._config.runtime.enforce_eager
+            self._device.type == "cuda"
+            and backend.capturable
+            and self._group.capturable
+            and not self._config.runtime.enforce_eager
         )
         parts = ModelParts(self._checkpoint, self._shard, self._group, backend, self._max_model_len)
         self.model = build_model(parts, self._dtype, self._device)
@@ -146,14 +160,14 @@ class ModelRunner:
             return 0
         sizes = graph_sizes(self._config.scheduler.max_num_seqs)
         allocate_kv_cache(self.model, 1, self._config.cache.block_size)
-        memory, taken = CudaMemory(self._device), []
+        memory, taken = self._memory, []
         try:
             for trial in ([sizes[-1]], [sizes[-1], sizes[0]]):
                 memory.release_unused()
-                free_before = memory.free_and_total()[0]
+                free_before = memory.settled()[0]
                 graphs = self._make_graphs()
                 graphs.capture(trial)
-                taken.append(free_before - memory.free_and_total()[0])
+                taken.append(free_before - memory.settled()[0])
                 del graphs
         finally:
             release_kv_cache(self.model)
@@ -165,7 +179,7 @@ class ModelRunner:
         cache = self._config.cache
         if self._device.type == "cpu":
             return cpu_budget(cache)
-        budget = measure_budget(CudaMemory(self._device), cache.memory_fraction, self.run_largest_step)
+        budget = measure_budget(self._memory, cache.memory_fraction, self.run_largest_step)
         return replace(budget, graphs=self._graph_bytes())
 
     def _num_blocks_that_fit(self, budget: MemoryBudget) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tprt.errors import ConfigError
-from tprt.worker.memory_budget import MemoryBudget, measure_budget
+from tprt.worker.memory_budget import CudaMemory, MemoryBudget, measure_budget
 
 CONTEXT, OTHER_PROGRAM, NCCL = 500, 300, 70
 
@@ -29,6 +29,9 @@ class SimulatedMemory:
 
     def free_and_total(self) -> tuple[int, int]:
         return self.total - self.outside - self.kept, self.total
+
+    def settled(self) -> tuple[int, int]:
+        return self.free_and_total()
 
     def reserved(self) -> int:
         return self.kept
@@ -72,6 +75,32 @@ def test_a_step_that_does_not_fit_is_refused_with_what_to_change() -> None:
     memory.change(9000)
     with pytest.raises(ConfigError, match=r"lower scheduler.max_num_batched_tokens and scheduler.max_num_seqs"):
         measure_budget(memory, 0.9, lambda: memory.change(500))
+
+
+def test_ranks_that_share_a_device_divide_what_is_left_equally(monkeypatch: pytest.MonkeyPatch) -> None:
+    total, context, held = 10_000, 100, (3000, 1000)
+    free = total - 2 * context - sum(held)
+    calls: list[str] = []
+
+    def ask(device: torch.device) -> tuple[int, int]:
+        calls.append("ask")
+        return free, total
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", ask)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    left = []
+    for size in held:
+        for name in ("memory_reserved", "memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+        calls.clear()
+        memory = CudaMemory(torch.device("cuda", 0), 2, lambda: calls.append("meet"))
+        budget = measure_budget(memory, 0.9, lambda: None)
+        assert calls == ["meet", "ask", "meet"]
+        assert (budget.total, budget.limit, budget.weights) == (total // 2, total * 9 // 20, size)
+        left.append(budget.available)
+    assert left == [(total * 9 // 10 - 2 * context - sum(held)) // 2] * 2
 
 
 def test_no_block_fits_where_the_rest_takes_more_than_the_limit() -> None:
