@@ -27,6 +27,12 @@ class CudaDevice:
     free: int
 
 
+def gpu_in_turn(rank: int, num_ranks: int, num_gpus: int) -> tuple[int, int]:
+    """Return which GPU a rank of this host has, and how many ranks have that one."""
+    index = rank % num_gpus
+    return index, len(range(index, num_ranks, num_gpus))
+
+
 def look_at_devices() -> list[CudaDevice]:
     """Return the devices that this process sees; it opens each of them to find out what is free."""
     import torch

@@ -10,6 +10,7 @@ from typing import get_args
 
 import torch
 
+from launch.cuda_devices import gpu_in_turn
 from tprt.config import ParallelConfig
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
@@ -57,8 +58,7 @@ def place_on_gpu(local_rank: int, local_world_size: int, num_gpus: int, allow_sh
             f"{local_world_size} ranks of this host need a CUDA device each, but {num_gpus} are visible; lower"
             f" parallel.tensor_parallel_size,{shared} or set runtime.device: cpu"
         )
-    index = local_rank % num_gpus
-    num_sharers = len(range(index, local_world_size, num_gpus))
+    index, num_sharers = gpu_in_turn(local_rank, local_world_size, num_gpus)
     return RankDevice(torch.device("cuda", index), num_sharers, any_shared)
 
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -21,7 +21,9 @@ from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_gro
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
 
-BenchRow = dict[str, int | float]
+BenchRow = dict[str, int | float | None]
+PlayRank = Callable[[int, int, str, Sequence[int], Connection], None]
+"""What a rank does: rank, number of ranks, run directory, sizes, and where rank 0 sends its rows."""
 
 _BACKENDS: tuple[CollectiveBackend, ...] = ("shm", "gloo")
 _NUM_TURNS = 4
@@ -32,7 +34,7 @@ _START_TIMEOUT_S = 60.0
 _ROW_TIMEOUT_S = 60.0
 
 
-def run_allreduce_bench(readers: list[int], num_bytes: list[int]) -> list[dict[str, int | float]]:
+def run_allreduce_bench(readers: list[int], num_bytes: list[int]) -> list[BenchRow]:
     """Measure an all-reduce of float32 between ranks that have one thread each and call it back to back.
 
     Args:
@@ -51,15 +53,20 @@ def run_allreduce_bench(readers: list[int], num_bytes: list[int]) -> list[dict[s
             f"all-reduce bench of {num_bytes} bytes on {readers} ranks: expected multiples of 4 bytes (float32)"
             " and 2 ranks or more"
         )
-    return [row for world_size in readers for row in _bench_world(world_size, num_bytes)]
+    return [row for world_size in readers for row in bench_ranks(_play_rank, world_size, num_bytes)]
 
 
-def _bench_world(world_size: int, num_bytes: Sequence[int]) -> list[BenchRow]:
+def bench_ranks(play_rank: PlayRank, world_size: int, num_bytes: Sequence[int]) -> list[BenchRow]:
+    """Run `play_rank` in a process for each rank; return the row that rank 0 sends for each size.
+
+    Raises:
+        TransportError: a rank failed, or there was no row in time.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with receiver, tempfile.TemporaryDirectory(prefix="tprt-bench-") as run_dir:
         processes = [
-            context.Process(target=_play_rank, args=(rank, world_size, run_dir, num_bytes, sender), daemon=True)
+            context.Process(target=play_rank, args=(rank, world_size, run_dir, num_bytes, sender), daemon=True)
             for rank in range(world_size)
         ]
         with _running(processes):

@@ -113,21 +113,30 @@ def step(
 
 @app.command("allreduce")
 def allreduce(
-    device: Annotated[str, typer.Option(help="Where the ranks compute; so far only cpu.")] = "cpu",
-    readers: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "2,3,4",
+    device: Annotated[str, typer.Option(help="Where the ranks compute: cpu or cuda.")] = "cpu",
+    readers: Annotated[
+        str | None, typer.Option(help="Numbers of ranks, separated by commas; 2,3,4 on a CPU, 2 on GPUs.")
+    ] = None,
     num_bytes: Annotated[
-        str, typer.Option("--bytes", help="Sizes of the float32 tensor, separated by commas.")
-    ] = "2304,18432,65536,1048576",
+        str | None, typer.Option("--bytes", help="Sizes of the tensor, separated by commas.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The sum over CPU ranks through shared memory, beside gloo."""
-    from launch.bench.allreduce import run_allreduce_bench
+    """The sum over CPU ranks through shared memory, beside gloo; over GPUs by symm_mem, beside nccl.
 
-    if device != "cpu":
-        raise ConfigError(f"--device {device}: the ranks of this benchmark compute on a cpu")
-    print_rows(
-        run_allreduce_bench(split_numbers("--readers", readers), split_numbers("--bytes", num_bytes)), as_json
-    )
+    On a CPU, of float32 and call by call. On GPUs, of bfloat16, per call: in a CUDA graph, and launched back to
+    back; ranks beyond the number of GPUs share them, which nccl refuses.
+    """
+    from launch.bench.allreduce import run_allreduce_bench
+    from launch.bench.allreduce_cuda import CUDA_BYTES, run_cuda_allreduce_bench
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: expected cpu or cuda")
+    is_cpu = device == "cpu"
+    counts = split_numbers("--readers", readers or ("2,3,4" if is_cpu else "2"))
+    sizes = split_numbers("--bytes", num_bytes or ("2304,18432,65536,1048576" if is_cpu else CUDA_BYTES))
+    run = run_allreduce_bench if is_cpu else run_cuda_allreduce_bench
+    print_rows(run(counts, sizes), as_json)
 
 
 @app.command("load")

@@ -30,5 +30,5 @@ def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*("-" if value is None else str(value) for value in row.values()))
     Console().print(table)

@@ -34,7 +34,8 @@ def check_devices(request: DoctorRequest) -> Iterator[Finding]:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         devices = look_at_devices()
-        choose_device(request.config.runtime.device, request.num_ranks - 1)
+        num_ranks, is_shared = request.num_ranks, request.config.parallel.allow_shared_gpu
+        choose_device(request.config.runtime.device, num_ranks - 1, num_ranks, is_shared)
         yield from _look(request, devices)
     except ConfigError as error:
         yield refused(_NAME, error, _DRIVER)

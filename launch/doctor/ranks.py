@@ -40,7 +40,7 @@ def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
         if device == "cuda" and found < request.num_ranks:
             yield skipped(_NAME, f"there are {found} CUDA devices for {request.num_ranks} ranks")
             return
-    used = choose_all_reduce(request.config.parallel.all_reduce, torch.device(device))
+    used = choose_all_reduce(request.config.parallel.all_reduce, device)
     os.environ.update(GLOO_ON_ONE_HOST)
     run_dir = RunDir.create(is_trial=True)
     try:

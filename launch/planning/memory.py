@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.cuda_devices import CudaDevice
+from launch.cuda_devices import CudaDevice, gpu_in_turn
 from tprt.errors import ConfigError
 
 _GIB = 2**30
@@ -61,6 +61,17 @@ def detected_memory(devices: Sequence[CudaDevice], num_ranks: int) -> list[RankM
     ]
     least = min(found, key=lambda memory: memory.total - memory.others)
     return found + [least] * (num_ranks - len(found))
+
+
+def shared_memory(devices: Sequence[CudaDevice], num_ranks: int) -> list[RankMemory]:
+    """Return the memory of more ranks than `devices`, which share them in turn: of each an equal part."""
+    found = []
+    for rank in range(num_ranks):
+        index, num_sharers = gpu_in_turn(rank, num_ranks, len(devices))
+        device = devices[index]
+        foreign = max(0, device.total - device.free - CONTEXT_BYTES) // num_sharers
+        found.append(RankMemory(device.total // num_sharers, foreign + overhead_bytes(num_ranks)))
+    return found
 
 
 def overhead_bytes(num_ranks: int) -> int:

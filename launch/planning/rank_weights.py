@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from launch.cuda_devices import CudaDevice, look_from_outside
+from launch.cuda_devices import CudaDevice, gpu_in_turn, look_from_outside
 from tprt.config import Config
 from tprt.errors import ConfigError
 from tprt.log import get_logger
@@ -36,14 +36,15 @@ def resolve_rank_weights(
     devices = look()
     if not devices and config.runtime.device == "auto":
         return _with_weights(config, None)
-    if len(devices) < parallel.tensor_parallel_size:
+    num_ranks = parallel.tensor_parallel_size
+    if len(devices) < num_ranks and not (devices and parallel.allow_shared_gpu):
         raise ConfigError(
             f"parallel.rank_weights is auto and {len(devices)} CUDA devices are visible for"
             f" {parallel.tensor_parallel_size} ranks; give one number for each rank, lower"
             " parallel.tensor_parallel_size or set runtime.device: cpu"
         )
-    memory = [device.total for device in devices[: parallel.tensor_parallel_size]]
-    return fit_to_memory(config, memory)
+    places = [gpu_in_turn(rank, num_ranks, len(devices)) for rank in range(num_ranks)]
+    return fit_to_memory(config, [devices[index].total // num_sharers for index, num_sharers in places])
 
 
 def fit_to_memory(config: Config, memory: Sequence[int]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def test_a_deployment_has_the_planned_weights_and_the_planned_kv_blocks_within_2
 
 
 def test_the_estimated_workspace_is_near_the_measured_one(config: Config) -> None:
+    # What tests before this one have left to be collected would be counted as weights.
+    gc.collect()
+    torch.cuda.empty_cache()
+    left_over = torch.cuda.memory_reserved()
     runner = ModelRunner(config, read_checkpoint_config(config.model.path), TPGroup(0, 1), torch.device("cuda"))
     weight_bytes = runner.load()
     measured = measure_budget(CudaMemory(torch.device("cuda")), 0.9, runner.run_largest_step)
@@ -59,7 +64,7 @@ def test_the_estimated_workspace_is_near_the_measured_one(config: Config) -> Non
     assert rank.budget is not None
     print("measured", measured, "planned", rank.budget)
     assert rank.weight_bytes == weight_bytes
-    assert abs(rank.budget.weights - measured.weights) < 0.005 * measured.total
+    assert abs(rank.budget.weights - (measured.weights - left_over)) < 0.005 * measured.total
     assert abs(rank.budget.workspace - measured.workspace) < 0.01 * measured.total
 
 

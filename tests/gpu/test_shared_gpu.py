@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,26 +22,6 @@ SEEDED = SamplingParams(temperature=1.0, seed=3, max_tokens=6, ignore_eos=True)
 # Whole rows of logits are gathered for it.
 TRUNCATED = SamplingParams(temperature=1.0, top_p=0.8, seed=4, max_tokens=6, ignore_eos=True)
 SHAPES = [TinyModel("llama", 9, 3, bias=True), TinyModel("qwen3", 8, 2, tied=True)]
-
-
-@pytest.fixture(scope="module")
-def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run CUDA's MPS daemon where it is installed; without it the ranks take turns, and tests take longer.
-
-    This process opens no device while it runs: the daemon would wait for it.
-    """
-    daemon = shutil.which("nvidia-cuda-mps-control")
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("mps")
-        patch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(folder))
-        patch.setenv("CUDA_MPS_LOG_DIRECTORY", str(folder))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        if daemon is None:
-            yield
-            return
-        subprocess.run([daemon, "-d"], check=True, timeout=30)
-        yield
-        subprocess.run([daemon], input=b"quit -t 10\n", check=True, timeout=30)
 
 
 def on_one_gpu(config: Config, world_size: int) -> Config:

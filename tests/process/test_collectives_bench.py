@@ -7,7 +7,8 @@ import multiprocessing
 import pytest
 
 from launch.bench.allreduce import run_allreduce_bench
-from tprt.errors import TransportError
+from launch.bench.allreduce_cuda import run_cuda_allreduce_bench
+from tprt.errors import ConfigError, TransportError
 
 
 def test_shared_memory_is_measured_beside_gloo_and_is_faster() -> None:
@@ -23,3 +24,15 @@ def test_shared_memory_is_measured_beside_gloo_and_is_faster() -> None:
 def test_a_bench_that_makes_no_sense_is_refused(readers: list[int], num_bytes: list[int]) -> None:
     with pytest.raises(TransportError, match="multiples of 4 bytes"):
         run_allreduce_bench(readers, num_bytes)
+
+
+@pytest.mark.parametrize(("readers", "num_bytes"), [([1], [4]), ([2], [0]), ([2], [3])])
+def test_a_bench_of_gpus_that_makes_no_sense_is_refused(readers: list[int], num_bytes: list[int]) -> None:
+    with pytest.raises(TransportError, match="multiples of 2 bytes"):
+        run_cuda_allreduce_bench(readers, num_bytes)
+
+
+def test_a_bench_of_gpus_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="no CUDA device is visible; take --device cpu"):
+        run_cuda_allreduce_bench([2], [4])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -73,8 +74,8 @@ def _time_size(collectives: SymmMemCollectives, num_bytes: int) -> SumTimes:
     tensor = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=collectives.device)
     return SumTimes(
         num_bytes=num_bytes,
-        one_shot_us=time_captured(lambda: collectives.sum_one_shot(tensor), _CALLS, _REPLAYS),
-        two_shot_us=time_captured(lambda: collectives.sum_two_shot(tensor), _CALLS, _REPLAYS),
+        one_shot_us=min(time_captured(lambda: collectives.sum_one_shot(tensor), _CALLS, _REPLAYS)),
+        two_shot_us=min(time_captured(lambda: collectives.sum_two_shot(tensor), _CALLS, _REPLAYS)),
         group_us=_time_group(collectives, tensor),
     )
 
@@ -83,11 +84,11 @@ def _time_group(collectives: SymmMemCollectives, tensor: Tensor) -> float | None
     group = collectives.group
     if not group.capturable:
         return None
-    return time_captured(lambda: group.all_reduce(tensor), _CALLS, _REPLAYS)
+    return min(time_captured(lambda: group.all_reduce(tensor), _CALLS, _REPLAYS))
 
 
-def time_captured(call: Callable[[], object], num_calls: int, num_replays: int) -> float:
-    """Return the microseconds of one `call` on the device, of `num_calls` in a CUDA graph: the best replay."""
+def time_captured(call: Callable[[], object], num_calls: int, num_replays: int) -> list[float]:
+    """Return the microseconds of one `call`, of `num_calls` in a CUDA graph, in each replay of it."""
     call()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -101,8 +102,7 @@ def time_captured(call: Callable[[], object], num_calls: int, num_replays: int) 
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    best_ms = min(marks[index].elapsed_time(marks[index + 1]) for index in range(num_replays))
-    return float(best_ms) * 1e3 / num_calls
+    return [before.elapsed_time(after) * 1e3 / num_calls for before, after in pairwise(marks)]
 
 
 def _timing_event() -> torch.cuda.Event:

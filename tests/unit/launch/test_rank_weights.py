@@ -8,7 +8,14 @@ from typing import Literal
 import pytest
 
 from launch.cuda_devices import CudaDevice, look_from_outside
-from launch.planning.memory import CONTEXT_BYTES, NCCL_BYTES, RankMemory, detected_memory, parse_memory_gib
+from launch.planning.memory import (
+    CONTEXT_BYTES,
+    NCCL_BYTES,
+    RankMemory,
+    detected_memory,
+    parse_memory_gib,
+    shared_memory,
+)
 from launch.planning.rank_weights import resolve_rank_weights
 from tprt.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from tprt.errors import ConfigError, ShardPlanError
@@ -53,6 +60,18 @@ def test_without_devices_the_ranks_are_cpus_unless_devices_are_asked_for() -> No
     assert resolve_rank_weights(config(2, "auto"), list).parallel.rank_weights is None
     with pytest.raises(ConfigError, match="0 CUDA devices are visible for 2 ranks; give one number for each"):
         resolve_rank_weights(config(2), list)
+
+
+def test_ranks_that_share_gpus_in_turn_have_a_part_of_their_memory_each() -> None:
+    parallel = ParallelConfig(tensor_parallel_size=3, rank_weights="auto", allow_shared_gpu=True)
+    shared = config(3).model_copy(update={"parallel": parallel})
+    assert resolve_rank_weights(shared, lambda: gpus(80, 48)).parallel.rank_weights == (40.0, 48.0, 40.0)
+    with pytest.raises(ConfigError, match="0 CUDA devices are visible for 3 ranks"):
+        resolve_rank_weights(shared, list)
+    devices = [CudaDevice("a", 80 * GIB, 78 * GIB), CudaDevice("b", 48 * GIB, 48 * GIB)]
+    own = CONTEXT_BYTES + NCCL_BYTES
+    half = RankMemory(40 * GIB, (2 * GIB - CONTEXT_BYTES) // 2 + own)
+    assert shared_memory(devices, 3) == [half, RankMemory(48 * GIB, own), half]
 
 
 def test_what_is_given_as_numbers_stays() -> None:
