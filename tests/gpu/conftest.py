@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -26,4 +27,11 @@ def mps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             return
         subprocess.run([daemon, "-d"], check=True, timeout=30)
         yield
-        subprocess.run([daemon], input=b"quit -t 10\n", check=True, timeout=30)
+        subprocess.run([daemon], input=b"quit -t 3\n", check=True, timeout=30)
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ranks see one GPU, whatever the machine has."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from tests.support.local_engine import make_config
 from tprt.config import Config, ParallelConfig
 from tprt.errors import TprtError
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("mps")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("mps", "one_gpu")]
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [42], [150, 3, 99, 120, 7]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -39,14 +38,6 @@ def drawn(config: Config) -> list[list[int]]:
     return [output.outputs[0].token_ids for batch in outputs for output in batch]
 
 
-@pytest.fixture
-def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ranks see one GPU, whatever the machine has."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)
-
-
-@pytest.mark.usefixtures("one_gpu")
 @pytest.mark.parametrize("tiny", SHAPES, ids=str)
 def test_two_and_three_ranks_on_one_gpu_draw_the_tokens_of_one(
     tmp_path: Path, tiny: TinyModel, capfd: pytest.CaptureFixture[str]
@@ -63,7 +54,6 @@ def test_two_and_three_ranks_on_one_gpu_draw_the_tokens_of_one(
         assert logged.count("sums: one shot up to") == 1
 
 
-@pytest.mark.usefixtures("one_gpu")
 def test_ranks_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:
     save_tiny(tmp_path, SHAPES[1])
     config = on_one_gpu(make_config(tmp_path, num_blocks=None, device="cuda", memory_fraction=0.4), 2)
@@ -73,7 +63,6 @@ def test_ranks_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:
     assert 0.35 < 1 - device.free / device.total < 0.42
 
 
-@pytest.mark.usefixtures("one_gpu")
 def test_ranks_share_no_gpu_unless_that_is_set(tmp_path: Path) -> None:
     save_tiny(tmp_path, SHAPES[1])
     refusal = pytest.raises(TprtError, match=r"but 1 are visible; .* set parallel.allow_shared_gpu: true")

@@ -49,7 +49,8 @@ def tune_all_reduce(group: TPGroup, folder: Path) -> None:
             )
     collectives.limits = limits
     if group.rank == 0:
-        _LOG.info("sums: one shot up to %d bytes, two up to %d", limits.one_shot_bytes, limits.two_shot_bytes)
+        beyond = "beyond" if limits.two_shot_bytes == NO_LIMIT else f"up to {limits.two_shot_bytes}, then nccl"
+        _LOG.info("sums: one shot up to %d bytes, two %s", limits.one_shot_bytes, beyond)
 
 
 def _of_rank_0(group: TPGroup, limits: AllReduceLimits | None) -> AllReduceLimits | None:
