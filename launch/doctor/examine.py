@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -20,7 +21,8 @@ from launch.parent_death import PARENT_PID
 from launch.run_dir import remove_abandoned
 
 _MAX_MESSAGE_BYTES = 65536
-_GONE_S = 0.5
+_GONE_S, _BETWEEN_LOOKS_S = 0.5, 0.005
+_PR_SET_CHILD_SUBREAPER = 36
 # Processes that want a CPU, for each that there is: from here on no answer may be a slow one.
 _BUSY = 2
 _SLOW_TORCH = (
@@ -47,14 +49,24 @@ class Results:
         else:
             self._findings.setdefault(number, []).append(Finding.from_fields(what))
 
-    def findings(self, end: str) -> list[Finding]:
-        """Return all findings in the order of the checks; `end` is why nothing more will come."""
+    def findings(self, end: str, has_crashed: bool) -> list[Finding]:
+        """Return all findings in the order of the checks.
+
+        Args:
+            end: why nothing more will come.
+            has_crashed: the runner did, which does nothing but import torch and fork.
+        """
         found: list[Finding] = []
         for number, check in enumerate(CHECKS):
             found += self._findings.get(number, [])
-            if number in self._began - self._ended:
+            if number in self._ended:
+                continue
+            if has_crashed:
+                is_cause = check.name == "torch"
+                found.append(bad(check.name, end, check.advice) if is_cause else skipped(check.name, end))
+            elif number in self._began:
                 found.append(_unanswered(check, end))
-            elif number not in self._ended:
+            else:
                 found.append(self._not_begun(check, end))
         return found
 
@@ -78,11 +90,13 @@ def examine(request: DoctorRequest) -> list[Finding]:
     """Run every check side by side and return what they found, by `request.end_s`."""
     results = Results()
     began_s = time.monotonic()
-    with _runner(request) as (runner, channel):
+    with _adopting(), _runner(request) as (runner, channel):
         has_ended = _hear_all(results, runner, channel, request.end_s)
-    if has_ended:
-        return results.findings(f"the process that runs the checks ended with exit code {runner.returncode}")
-    return results.findings(f"{time.monotonic() - began_s:.1f} s were over")
+    if not has_ended:
+        return results.findings(f"{time.monotonic() - began_s:.1f} s were over", has_crashed=False)
+    code = runner.returncode
+    how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return results.findings(f"the process that imports torch {how}", has_crashed=bool(code))
 
 
 @contextlib.contextmanager
@@ -114,16 +128,18 @@ def _runner(request: DoctorRequest) -> Iterator[tuple[subprocess.Popen[bytes], s
 def _hear_all(results: Results, runner: subprocess.Popen[bytes], channel: socket.socket, end_s: float) -> bool:
     """Take in what comes until the runner has ended (True) or it is `end_s` (False)."""
     pidfd = os.pidfd_open(runner.pid)
+    watched = {channel.fileno(), pidfd}
     try:
         while (left_s := end_s - time.monotonic()) > 0:
-            ready = select.select([channel.fileno(), pidfd], [], [], left_s)[0]
-            if channel.fileno() in ready and (message := channel.recv(_MAX_MESSAGE_BYTES)):
-                results.hear(message)
+            ready = select.select(watched, [], [], left_s)[0]
+            if channel.fileno() in ready:
+                if message := channel.recv(_MAX_MESSAGE_BYTES):
+                    results.hear(message)
+                else:
+                    # All ends of it are closed, so the end of the runner is near.
+                    watched = {pidfd}
             elif pidfd in ready:
                 return True
-            else:
-                # All ends of the channel are closed, so the end of the runner is near.
-                select.select([pidfd], [], [], left_s)
         return False
     finally:
         os.close(pidfd)
@@ -132,11 +148,21 @@ def _hear_all(results: Results, runner: subprocess.Popen[bytes], channel: socket
 def _end_group(runner: subprocess.Popen[bytes]) -> None:
     """Kill the runner and its descendants, and wait until they are gone; a driver may hold on to one."""
     deadline_s = time.monotonic() + _GONE_S
-    with contextlib.suppress(ProcessLookupError):
-        # It has not been waited for, so the group's number is still its own.
-        os.killpg(runner.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            runner.wait(_GONE_S)
-        while time.monotonic() < deadline_s:
-            os.killpg(runner.pid, 0)
-            time.sleep(0.01)
+    # It has not been waited for, so the group's number is still its own.
+    os.killpg(runner.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        runner.wait(_GONE_S)
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-runner.pid, os.WNOHANG)[0] or time.monotonic() < deadline_s:
+            time.sleep(_BETWEEN_LOOKS_S)
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Become the parent of descendants whose own has died, so that their end can be waited for."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0)

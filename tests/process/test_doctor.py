@@ -120,6 +120,27 @@ def test_a_check_that_hangs_is_named_and_the_others_are_not_held_up(
     assert code == (1 if rows["model"]["verdict"] == "bad" else 0)
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "raise ImportError('no libcudart.so.12')",
+            "torch cannot be imported: ImportError: no libcudart.so.12",
+        ),
+        ("import os; os.abort()", "the process that imports torch died of signal 6"),
+    ],
+    ids=["fails", "crashes"],
+)
+def test_a_torch_that_cannot_be_imported_is_named(
+    tiny: TinyDeployment, tmp_path: Path, source: str, said: str
+) -> None:
+    (tmp_path / "torch.py").write_text(source)
+    code, rows = examine([TPRT, "doctor", tiny.config, *PATIENT], PYTHONPATH=str(tmp_path))
+    assert (code, rows["torch"]["verdict"], rows["torch"]["found"]) == (1, "bad", said)
+    assert rows["checkpoint"]["verdict"] == "skipped"
+    assert 'python -c "import torch"' in rows["torch"]["fix"]
+
+
 def test_settings_that_make_no_sense_are_one_message_and_exit_code_2(tiny: TinyDeployment) -> None:
     command = [TPRT, "doctor", tiny.config, "--host", "nohost"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
