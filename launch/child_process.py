@@ -31,6 +31,7 @@ class ChildSpec:
         env: what is in its environment besides that of this process.
         pass_fds: descriptors that it inherits, under the same numbers.
         sink: where its output goes.
+        rank: its rank, if it is one.
     """
 
     name: str
@@ -38,14 +39,16 @@ class ChildSpec:
     env: Mapping[str, str]
     pass_fds: tuple[int, ...] = ()
     sink: LogSink = SHOWN
+    rank: int | None = None
 
 
 class ChildProcess:
     """A running child, or one that has ended and has not been released."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], pidfd: int, log: ChildLog) -> None:
+    def __init__(self, spec: ChildSpec, process: subprocess.Popen[bytes], pidfd: int, log: ChildLog) -> None:
         """Use `start`."""
-        self.name = name
+        self.name = spec.name
+        self.rank = spec.rank
         self.pidfd = pidfd
         self.log = log
         self._process = process
@@ -81,7 +84,7 @@ class ChildProcess:
         # The log has a descriptor of its own, which it closes when nothing more comes.
         log = ChildLog(os.dup(process.stdout.fileno()), tee, spec.sink)
         process.stdout.close()
-        return cls(spec.name, process, pidfd, log)
+        return cls(spec, process, pidfd, log)
 
     @property
     def pid(self) -> int:

@@ -60,7 +60,7 @@ class Deployment:
         self.ready: EngineReady | None = None
         self._pulse: CoordinatorPulse | None = None
         self._run_dir = RunDir.create()
-        self._supervisor = Supervisor(self._run_dir.path, config.supervision)
+        self._supervisor = Supervisor(self._run_dir.path, config.supervision, parallel.tensor_parallel_size)
         self._program_end = ProgramEnd(self.kill)
         self._program_end.guard()
 
@@ -131,7 +131,7 @@ class Deployment:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             env = common | {key: str(value) for key, value in place.items()}
             sink = sink_of(f"rank {rank}", self.config.logging, rank)
-            specs.append(ChildSpec(f"rank {rank}", "launch.worker_entry", env, sink=sink))
+            specs.append(ChildSpec(f"rank {rank}", "launch.worker_entry", env, sink=sink, rank=rank))
         return specs
 
     def connect(self, tokenizer: Tokenizer | None) -> EngineClient:

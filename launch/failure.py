@@ -50,12 +50,21 @@ _SIGNALS_FROM_OUTSIDE = frozenset(
 _PHASES_OF_A_STEP = (Phase.PREFILL.words, Phase.DECODE.words)
 
 
+class ReportedCauseError(TprtError):
+    """Ends a process that only passes on what has failed elsewhere: on another host."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.text)
+        self.cause = cause
+
+
 class FailureRecord(BaseModel):
     """One process's account of its own failure.
 
     `secondary` marks a failure that only says that another process is gone, `is_conclusion` the coordinator's
     last word, which has the cause in it. `explains_itself` marks one whose message is written for the user, so
-    that it needs no traceback, and `is_input_error` one that nobody but the user can put right.
+    that it needs no traceback, and `is_input_error` one that nobody but the user can put right. `reported_kind`
+    and `is_from_outside` are those of a cause that the process only passes on.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,6 +81,8 @@ class FailureRecord(BaseModel):
     is_conclusion: bool
     explains_itself: bool
     is_input_error: bool
+    reported_kind: int | None = None
+    is_from_outside: bool = False
 
     @property
     def message(self) -> str:
@@ -107,6 +118,7 @@ class Death:
 
 def write_failure(run_dir: Path, name: str, phase: str, error: BaseException) -> None:
     """Leave the record of `error` for the supervisor, in one atomic step; where it has gone, for nobody."""
+    reported = error.cause if isinstance(error, ReportedCauseError) else None
     record = FailureRecord(
         name=name,
         host=socket.gethostname(),
@@ -119,7 +131,9 @@ def write_failure(run_dir: Path, name: str, phase: str, error: BaseException) ->
         secondary=isinstance(error, PeerLostError | EngineDeadError),
         is_conclusion=isinstance(error, EngineDeadError),
         explains_itself=isinstance(error, TprtError),
-        is_input_error=isinstance(error, INPUT_ERRORS),
+        is_input_error=isinstance(error, INPUT_ERRORS) if reported is None else reported.is_input_error,
+        reported_kind=None if reported is None else reported.kind,
+        is_from_outside=reported is not None and reported.is_from_outside,
     )
     path = _path(run_dir, name)
     draft = path.with_suffix(".draft")
@@ -150,6 +164,9 @@ def cause_of(death: Death) -> Cause:
         return Cause(
             CauseKind.SILENT_DEATH, text, is_from_outside=is_signal and not _was_killed_for_memory(death)
         )
+    if record.reported_kind is not None:
+        kind = CauseKind(record.reported_kind)
+        return Cause(kind, text, record.time_ns, record.is_input_error, record.is_from_outside)
     kind = CauseKind.CONSEQUENCE if record.secondary else CauseKind.OWN_ERROR
     if record.is_conclusion:
         kind = CauseKind.OBSERVED
@@ -164,7 +181,7 @@ def describe(death: Death) -> str:
         memory = "; the kernel was short of memory at that time" if _was_killed_for_memory(death) else ""
         words = f"{_exit_words(death.exit_code)}{phase}{memory}"
         return f"{_evidence(death)}{death.name} (pid {death.pid}) {words}"
-    if record.is_conclusion:
+    if record.is_conclusion or record.reported_kind is not None:
         return record.message
     if record.explains_itself and not record.secondary:
         return f"{death.name}: {record.message}"

@@ -1,4 +1,4 @@
-"""The rank processes of one epoch: started together, ended together, and what their deaths say.
+"""The processes of one epoch on this host: started together, ended together, and what their deaths say.
 
 Knows nothing of who decides that there is another epoch.
 """
@@ -26,14 +26,17 @@ _MAX_STACK_CHARS = 20_000
 
 
 class RankGroup:
-    """The ranks of one epoch; rank `r` is the child number `r`."""
+    """The processes that live and die with one epoch; `world_size` counts the ranks of all hosts."""
 
-    def __init__(self, run_dir: Path, epoch: int, specs: Sequence[ChildSpec], tee: LogTee) -> None:
+    def __init__(
+        self, run_dir: Path, epoch: int, specs: Sequence[ChildSpec], tee: LogTee, world_size: int
+    ) -> None:
         self.epoch = epoch
         self.children: list[ChildProcess] = []
         self._run_dir = run_dir
         self._specs = specs
         self._tee = tee
+        self._world_size = world_size
         self._oom_kills_before = _count_oom_kills()
 
     def start(self) -> str | None:
@@ -43,21 +46,21 @@ class RankGroup:
         for name in names:
             stack_path(self._run_dir, name).unlink(missing_ok=True)
         try:
-            create_heartbeats(heartbeats_path(self._run_dir, self.epoch), len(names))
+            create_heartbeats(heartbeats_path(self._run_dir, self.epoch), self._world_size)
             epoch_dir(self._run_dir, self.epoch).mkdir(mode=0o700, exist_ok=True)
-            for rank, spec in enumerate(self._specs):
+            for spec in self._specs:
                 failure = start_child(self.children, spec, self._tee)
                 if failure is not None:
                     return failure
-                announce_process(
-                    heartbeats_path(self._run_dir, self.epoch), rank, self.children[rank].pid, self.epoch
-                )
+                if spec.rank is not None:
+                    path = heartbeats_path(self._run_dir, self.epoch)
+                    announce_process(path, spec.rank, self.children[-1].pid, self.epoch)
         except (TransportError, OSError) as error:
             return f"the ranks could not be started: {error}"
         return None
 
     def deaths(self) -> list[Death]:
-        """Return what there is to say of the ranks that have ended, or are about to, as their records say."""
+        """Return what there is to say of processes that have ended, or are about to, as their records say."""
         beats = self._beats()
         is_out_of_memory = _count_oom_kills() > self._oom_kills_before
         return [
@@ -66,18 +69,18 @@ class RankGroup:
                 child.pid,
                 child.exit_code,
                 record,
-                beats[rank].phase.words if beats else "",
-                beats[rank].step if beats else -1,
+                beats[child.rank].phase.words if beats and child.rank is not None else "",
+                beats[child.rank].step if beats and child.rank is not None else -1,
                 tuple(child.log.last_lines()),
                 crash_stack(self._run_dir, child),
                 is_out_of_memory,
             )
-            for rank, child in enumerate(self.children)
+            for child in self.children
             if (record := read_failure(self._run_dir, child.name)) is not None or child.exit_code is not None
         ]
 
     def end(self) -> None:
-        """Kill every rank, wait until they are gone, and remove what they have left."""
+        """Kill every process, wait until they are gone, and remove what they have left."""
         for child in self.children:
             child.kill()
         for child in self.children:

@@ -147,7 +147,7 @@ def _read_signs(run_dir: Path) -> Signs:
     return Signs(
         now_ns=time.monotonic_ns(),
         beats=beats,
-        states=[process_state(beat.pid) if beat.pid else "" for beat in beats],
+        states=[beat.state for beat in beats],
         record=record,
         coordinator_state="" if record is None else process_state(record.pid),
         server=server,

@@ -48,9 +48,10 @@ class Supervisor:
         server: the one that serves HTTP, if there is one.
     """
 
-    def __init__(self, run_dir: Path, supervision: SupervisionConfig) -> None:
+    def __init__(self, run_dir: Path, supervision: SupervisionConfig, world_size: int) -> None:
         self._run_dir = run_dir
         self._supervision = supervision
+        self._world_size = world_size
         self._tee = LogTee()
         self._lane: GroupLane
         self._make_ranks: Callable[[int], Sequence[ChildSpec]]
@@ -167,7 +168,7 @@ class Supervisor:
 
     def _start_group(self, epoch: int) -> str | None:
         """Start the ranks of `epoch`; return why that failed, if it did."""
-        self._group = RankGroup(self._run_dir, epoch, self._make_ranks(epoch), self._tee)
+        self._group = RankGroup(self._run_dir, epoch, self._make_ranks(epoch), self._tee, self._world_size)
         failure = self._group.start()
         self._note_pids()
         return failure

@@ -14,7 +14,7 @@ from tprt.coordinator.stall import StallReport
 from tprt.coordinator.stall_probe import StallProbe
 from tprt.transport.coordinator_beat import CoordinatorBeat
 from tprt.transport.heartbeat import HeartbeatReader, Phase
-from tprt.transport.peer_process import is_stopped, process_state
+from tprt.transport.peer_process import is_stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class GroupWatch:
         if files is None or not files.probe.has_stalled(timeout_s):
             return None
         beats = files.reader.read()
-        is_any_stopped = any(is_stopped(process_state(beat.pid)) for beat in beats if beat.pid)
+        is_any_stopped = any(is_stopped(beat.state) for beat in beats if beat.pid)
         do_all_wait = all(beat.inside or beat.phase == Phase.IDLE for beat in beats)
         return files.probe.report() if is_any_stopped or do_all_wait else None
 

@@ -40,7 +40,7 @@ class GroupView:
         now_ns: monotonic nanoseconds of this moment.
         since_ns: when the ranks were told to do what they have not done.
         step: the step that they were told to run; None: to get ready.
-        host: where they run.
+        host: where those run that are on this host.
     """
 
     beats: Sequence[RankBeat]
@@ -176,13 +176,19 @@ def _what_they_do(beats: Sequence[RankBeat]) -> list[str]:
 def _accuse(view: GroupView, beat: RankBeat, others: Sequence[RankBeat], why: str) -> str:
     """Return the clause on a rank that holds up `others`."""
     if not beat.pid:
-        return f"rank {beat.rank} (host {view.host}) has not begun: its process has given no sign of life"
+        return (
+            f"rank {beat.rank} (host {_host(view, beat)}) has not begun: its process has given no sign of life"
+        )
     state = state_words(view.states[beat.rank])
     age_s = max(0.0, (view.now_ns - beat.time_ns) / 1e9)
-    name = f"rank {beat.rank} (host {view.host}, pid {beat.pid})"
+    name = f"rank {beat.rank} (host {_host(view, beat)}, pid {beat.pid})"
     remark = f"; {why}" if why else ""
     offence = _offence(view, beat, others)
     return f"{name} {offence}: last seen {_where(beat)}, {age_s:.1f} s ago; its process {state}{remark}"
+
+
+def _host(view: GroupView, beat: RankBeat) -> str:
+    return f"of node rank {beat.host}" if beat.host else view.host
 
 
 def _offence(view: GroupView, beat: RankBeat, others: Sequence[RankBeat]) -> str:

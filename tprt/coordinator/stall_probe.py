@@ -14,7 +14,7 @@ from time import monotonic_ns
 
 from tprt.coordinator.stall import GroupView, StallReport, describe_stall
 from tprt.transport.heartbeat import HeartbeatReader
-from tprt.transport.peer_process import process_state, request_stack
+from tprt.transport.peer_process import request_stack
 
 
 class StallProbe:
@@ -47,7 +47,7 @@ class StallProbe:
         beats = self._reader.read()
         view = GroupView(
             beats=beats,
-            states=[process_state(beat.pid) if beat.pid else "" for beat in beats],
+            states=[beat.state for beat in beats],
             now_ns=monotonic_ns(),
             since_ns=self._since_ns,
             step=self._step,
@@ -56,7 +56,8 @@ class StallProbe:
         report = describe_stall(view)
         # Where no rank is to blame, one stack shows what all of them are in.
         beat = beats[report.rank or 0]
-        stack = request_stack(beat.pid, self._stack_paths[beat.rank]) if beat.pid else ""
+        can_ask = beat.pid and not beat.host
+        stack = request_stack(beat.pid, self._stack_paths[beat.rank]) if can_ask else ""
         return replace(report, stack=stack)
 
     def close(self) -> None:

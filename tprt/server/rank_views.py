@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tprt.errors import TransportError
 from tprt.transport.heartbeat import NO_STEP, HeartbeatReader, RankBeat
-from tprt.transport.peer_process import process_state
 
 Heartbeats = Callable[[], HeartbeatReader | None]
 
@@ -29,7 +28,7 @@ class RankView:
         age_s: time since that; None before the first.
         state: the state letter of its process, as in proc(5); "" when it is not there.
         step_lag: steps by which it is behind the rank that is furthest.
-        resident_bytes: memory of its process, shared pages included; None when it is not there.
+        resident_bytes: memory of its process, shared pages included; None when it is not on this host.
     """
 
     beat: RankBeat
@@ -63,9 +62,9 @@ def _view(beat: RankBeat, furthest: int, now_ns: int) -> RankView:
     return RankView(
         beat=beat,
         age_s=max(0, now_ns - beat.time_ns) / 1e9 if beat.time_ns else None,
-        state=process_state(beat.pid) if beat.pid else "",
+        state=beat.state,
         step_lag=furthest - beat.step,
-        resident_bytes=_resident_bytes(beat.pid) if beat.pid else None,
+        resident_bytes=_resident_bytes(beat.pid) if beat.pid and not beat.host else None,
     )
 
 

@@ -17,6 +17,7 @@ from time import monotonic_ns
 
 from tprt.errors import TransportError
 from tprt.transport.heartbeat_file import LINE_BYTES, RANK_LINE, BeatMap
+from tprt.transport.peer_process import process_state
 
 BEFORE_LAYERS = -1
 AFTER_LAYERS = -2
@@ -24,6 +25,8 @@ NO_STEP = -1
 
 # The words of a rank's line.
 _TIME_NS, _EPOCH, _STEP, _PHASE, _LAYER, _COLLECTIVE, _PID, _DONE, _TOTAL = range(9)
+TIME_WORD, HOST_WORD, STATE_WORD = _TIME_NS, 9, 10
+"""Words for `tprt.transport.heartbeat_relay`; host and state are 0 in the file of a rank's host."""
 # The word of a collective: its number, 7 bits for the kind, and a bit for "inside".
 _NUMBER_SHIFT, _KIND_SHIFT, _INSIDE = 8, 1, 1
 _KIND_MASK = 0x7F
@@ -74,6 +77,8 @@ class RankBeat:
         inside: whether it has not come out of it.
         pid: its process; 0 before it has been started.
         done_bytes, total_bytes: how far it has loaded; the total is 0 while unknown.
+        host: node rank of the other host that it runs on; 0: it runs on this one.
+        remote_state: the state letter of its process when that host last told it; see `state`.
     """
 
     rank: int
@@ -88,6 +93,15 @@ class RankBeat:
     pid: int = 0
     done_bytes: int = 0
     total_bytes: int = 0
+    host: int = 0
+    remote_state: str = ""
+
+    @property
+    def state(self) -> str:
+        """The state letter of its process, as in proc(5), looked up now; "" when it is not there."""
+        if self.host:
+            return self.remote_state
+        return process_state(self.pid) if self.pid else ""
 
 
 class HeartbeatWriter:
@@ -254,4 +268,6 @@ def _read_beat(rank: int, words: memoryview) -> RankBeat:
         pid=words[_PID],
         done_bytes=words[_DONE],
         total_bytes=words[_TOTAL],
+        host=words[HOST_WORD],
+        remote_state=chr(words[STATE_WORD]) if words[STATE_WORD] else "",
     )

@@ -261,3 +261,9 @@ class TestIsStalled:
 def test_a_report_shows_the_stack_before_the_gist() -> None:
     assert str(StallReport(1, "gist", "stack\n")) == "stack\ngist"
     assert str(StallReport(1, "gist")) == "gist"
+
+
+def test_a_rank_of_another_host_is_named_with_the_node_rank_of_that() -> None:
+    report = describe([WAITS, replace(BETWEEN, host=2)])
+    assert "rank 1 (host of node rank 2, pid 4701) has not entered it" in report.text
+    assert "rank 1 (host of node rank 2) has not begun" in describe([WAITS, RankBeat(1, host=2)]).text

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from launch.failure import Death, cause_of, describe, forget_failures, read_failure, write_failure
-from tprt.coordinator.cause import first_cause
+from launch.failure import (
+    Death,
+    ReportedCauseError,
+    cause_of,
+    describe,
+    forget_failures,
+    read_failure,
+    write_failure,
+)
+from tprt.coordinator.cause import Cause, CauseKind, first_cause
 from tprt.errors import CheckpointError, EngineDeadError, PeerLostError, TprtError, TransportTimeoutError
 
 
@@ -112,3 +120,14 @@ def test_what_an_earlier_process_of_that_name_left_is_forgotten(tmp_path: Path) 
     failed(tmp_path, "rank 1", ValueError("boom"))
     forget_failures(tmp_path, ["rank 0", "rank 1"])
     assert read_failure(tmp_path, "rank 1") is None
+
+
+def test_a_cause_that_is_only_passed_on_stays_what_it_is(tmp_path: Path) -> None:
+    cause = Cause(CauseKind.SILENT_DEATH, "log\nrank 2 was killed by SIGKILL", is_from_outside=True)
+    write_failure(tmp_path, "other hosts", "decode", ReportedCauseError(cause))
+    record = read_failure(tmp_path, "other hosts")
+    assert record is not None
+    found = cause_of(Death("other hosts", 8, None, record))
+    assert (found.kind, found.text, found.is_from_outside) == (cause.kind, cause.text, True)
+    lost = cause_of(failed(tmp_path, "rank 0", PeerLostError("rank 2 is gone")))
+    assert first_cause([lost, found]) == found

@@ -13,8 +13,8 @@ from launch.rank_group import RankGroup
 
 def make_group(tmp_path: Path, run_dir: Path) -> RankGroup:
     (tmp_path / "sleeper.py").write_text("import time; time.sleep(600)")
-    spec = ChildSpec("rank 0", "sleeper", {**os.environ, "PYTHONPATH": str(tmp_path)})
-    return RankGroup(run_dir, 0, [spec], LogTee())
+    spec = ChildSpec("rank 0", "sleeper", {**os.environ, "PYTHONPATH": str(tmp_path)}, rank=0)
+    return RankGroup(run_dir, 0, [spec], LogTee(), 1)
 
 
 def has_ended(group: RankGroup) -> bool:
