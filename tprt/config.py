@@ -6,12 +6,14 @@ Knows nothing of YAML, the command line or the environment.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+_OTLP_URL = re.compile(r"https?://[^/\s]+/\S+")
 
 
 def _word_or_list(value: object) -> str:
@@ -144,6 +146,21 @@ class ServerConfig(_Section):
     """Largest request body; a larger one is refused with status 413."""
     log_requests: bool = True
     """One log line for each request, without its text."""
+
+    otlp_traces_endpoint: str | None = None
+    """Send a span of each request there, as in http://127.0.0.1:4318/v1/traces; needs the extra tprt[otel]."""
+    otlp_service_name: str | None = None
+    """The service's name in its spans; none: $OTEL_SERVICE_NAME, or tprt."""
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _is_a_whole_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not _OTLP_URL.fullmatch(endpoint):
+            raise ValueError(
+                f"{endpoint!r} is no address for OTLP over HTTP; give the whole URL, its path too, as in"
+                " http://127.0.0.1:4318/v1/traces (port 4317 is mostly gRPC, which is not spoken here)"
+            )
+        return endpoint
 
     @model_validator(mode="after")
     def _key_has_a_certificate(self) -> ServerConfig:

@@ -14,6 +14,7 @@ from launch.deployment import Deployment
 from launch.options import ConfigArgument, SetOption
 from launch.program_end import PutOffEnd
 from launch.serving.http_socket import check_certificate, listen, take_api_keys, url_of
+from launch.serving.tracing import check_tracing
 from launch.torchrun_options import with_torchrun_options
 from tprt.config import Config
 from tprt.log import configure_logging
@@ -42,6 +43,7 @@ def _serve(config: Config) -> None:
     configure_logging(config.logging.level, config.logging.format, "launcher")
     api_keys = take_api_keys(config.server)
     check_certificate(config.server)
+    check_tracing(config.server)
     if changes := read_sampling_defaults(config.model).changes():
         _say(f"requests that do not say otherwise have {changes} (the checkpoint's generation_config.json)")
     with closing(listen(config.server, bool(api_keys))) as listener, Deployment(config) as deployment:

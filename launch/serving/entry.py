@@ -26,6 +26,7 @@ from launch.run_dir import newest_heartbeats, read_config, request_address
 from launch.serving.http_server import serve
 from launch.serving.http_socket import url_of
 from launch.serving.record import ServerRecord, write_server
+from launch.serving.tracing import open_tracer
 from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
 from tprt.errors import TransportError
@@ -40,6 +41,8 @@ from tprt.transport.heartbeat import HeartbeatReader
 from tprt.transport.zmq_socket import RequestClient
 
 NAME = "server"
+# For the spans that have not been sent: shorter than what the launcher grants beyond server.drain_timeout_s.
+_LAST_SPANS_S = 2.0
 
 
 def make_context(config: Config, run_dir: Path, api_keys: tuple[str, ...]) -> ServerContext:
@@ -67,6 +70,7 @@ def make_context(config: Config, run_dir: Path, api_keys: tuple[str, ...]) -> Se
         created_s=int(time.time()),
         api_keys=api_keys,
         heartbeats=open_heartbeats,
+        tracer=open_tracer(config.server, model_name),
         sampling_defaults=read_sampling_defaults(config.model),
     )
 
@@ -81,6 +85,8 @@ async def serve_http(config: Config, run_dir: Path, listener: socket.socket, api
         await serve(gate, context.engine, config.server, listener)
     finally:
         announcing.cancel()
+        if context.tracer is not None:
+            context.tracer.close(_LAST_SPANS_S)
 
 
 async def _announce(run_dir: Path, url: str, engine: AsyncEngine) -> None:
@@ -99,16 +105,17 @@ def main() -> None:
     api_keys = tuple(os.environ.pop(API_KEYS).split())
     config = read_config(run_dir)
     configure_logging(config.logging.level, config.logging.format, NAME)
-    _adopt_uvicorns_log()
+    _adopt_log("uvicorn")
+    _adopt_log("opentelemetry")
     _allow_many_connections()
     run_child(
         NAME, run_dir, lambda: "serving", lambda: asyncio.run(serve_http(config, run_dir, listener, api_keys))
     )
 
 
-def _adopt_uvicorns_log() -> None:
-    """Let what uvicorn has to complain about come out as our own records do."""
-    log = logging.getLogger("uvicorn")
+def _adopt_log(library: str) -> None:
+    """Let what a library has to complain about come out as our own records do."""
+    log = logging.getLogger(library)
     log.handlers = get_logger("tprt").handlers
     log.setLevel(logging.WARNING)
     log.propagate = False

@@ -14,6 +14,7 @@ from launch.serving.record import read_server
 from launch.status import Signs, look_at
 from tests.support.checkpoints import TinyModel
 from tests.support.deployments import TPRT, TinyDeployment, descendants, make_tiny_deployment, still_there
+from tests.support.otlp_receiver import otlp_receiver
 from tests.support.serving import Served, make_certificate, save_word_tokenizer, tokens_of
 
 pytestmark = pytest.mark.usefixtures("tmpdir_of_children")
@@ -120,17 +121,25 @@ def test_it_refuses_until_the_ranks_are_ready_then_serves_and_drains_when_it_is_
     assert not [line for line in served.lines if "Traceback" in line]
 
 
-def test_what_has_not_finished_at_the_end_of_the_drain_ends_with_what_it_has(worded: TinyDeployment) -> None:
-    with Served(worded.config, "server.drain_timeout_s=0.3", "logging.level=warning") as served:
-        served.wait_until_ready()
-        stream = served.stream(PROMPT, ENDLESS)
-        stream.read(3)
-        served.process.send_signal(signal.SIGINT)
-        num_tokens = len(stream.read())
-        assert 3 <= num_tokens < ENDLESS
-        assert stream.finish_reason is not None
-        assert served.end() == 0, served.lines
+def test_what_has_not_finished_at_the_end_of_the_drain_ends_with_what_it_has_and_so_does_its_span(
+    worded: TinyDeployment,
+) -> None:
+    with otlp_receiver() as receiver:
+        settings = ["server.drain_timeout_s=0.3", "logging.level=warning"]
+        with Served(worded.config, *settings, f"server.otlp_traces_endpoint={receiver.endpoint}") as served:
+            served.wait_until_ready()
+            stream = served.stream(PROMPT, ENDLESS)
+            stream.read(3)
+            served.process.send_signal(signal.SIGINT)
+            num_tokens = len(stream.read())
+            assert 3 <= num_tokens < ENDLESS
+            assert stream.finish_reason is not None
+            assert served.end() == 0, served.lines
+        (received,) = receiver.spans
     assert any("1 requests have not finished" in line for line in served.lines)
+    assert received.resource["service.name"] == "tprt"
+    assert received.attributes["gen_ai.usage.completion_tokens"] == num_tokens
+    assert received.attributes["gen_ai.response.finish_reasons"] == ["abort"]
 
 
 def test_a_second_signal_ends_at_once(worded: TinyDeployment) -> None:

@@ -20,6 +20,7 @@ from tprt.messages import EngineReady, EngineStats, FinishReason, SamplingParams
 from tprt.server.completion import Completion, TokenLogprobs
 from tprt.server.http.app import make_app
 from tprt.server.http.context import ServerContext
+from tprt.server.http.request_log import RequestTracer
 from tprt.server.metrics import ServerMetrics
 from tprt.server.request_stream import RequestStream
 from tprt.server.sampling_defaults import SamplingDefaults
@@ -174,11 +175,13 @@ def fake_server(
     tokenizer: Tokenizer | None,
     api_keys: tuple[str, ...] = (),
     sampling_defaults: SamplingDefaults | None = None,
+    tracer: RequestTracer | None = None,
     **server: object,
 ) -> Iterator[FakeServer]:
     """Serve in this process; at the end no sequence may be left in the engine."""
     engine, context = make_context(tokenizer, api_keys, **server)
-    context = replace(context, sampling_defaults=sampling_defaults or context.sampling_defaults)
+    defaults = sampling_defaults or context.sampling_defaults
+    context = replace(context, sampling_defaults=defaults, tracer=tracer)
     with TestClient(make_app(context), raise_server_exceptions=False) as client:
         yield FakeServer(engine, client)
     assert engine.num_running == 0, "a sequence was left in the engine"

@@ -68,6 +68,18 @@ def test_a_checkpoint_that_recommends_what_is_no_sampling_is_told_before_anythin
         assert "generation_config.json: sampling parameter top_p is 2.0; expected above 0, at most 1;" in line
 
 
+def test_traces_without_their_extra_are_refused_before_anything_starts(
+    run: Run, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.serving.command.configure_logging", lambda *settings: None)
+    monkeypatch.delitem(sys.modules, "tprt.server.http.request_trace", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    endpoint = "server.otlp_traces_endpoint=http://127.0.0.1:4318/v1/traces"
+    assert run("serve", file, "--port", "0", "--set", endpoint) == cli.EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'tprt[otel]'" in line
+
+
 def test_a_bad_setting_is_one_message_on_standard_error(
     run: Run, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

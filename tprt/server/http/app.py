@@ -51,7 +51,7 @@ def make_app(context: ServerContext) -> FastAPI:
 
 def _middleware(context: ServerContext) -> list[Middleware]:
     server = context.config.server
-    stack = [Middleware(LogRequests, enabled=server.log_requests)]
+    stack = [Middleware(LogRequests, enabled=server.log_requests, tracer=context.tracer)]
     if server.allowed_origins:
         # Before the key is asked for: browsers ask for permission without one.
         cors = Middleware(

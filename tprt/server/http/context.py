@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tprt.config import Config
+from tprt.server.http.request_log import RequestTracer
 from tprt.server.sampling_defaults import SamplingDefaults
 from tprt.server.tokenizer import Tokenizer
 from tprt.transport.heartbeat import HeartbeatReader
@@ -32,6 +33,7 @@ class ServerContext:
         created_s: when the server started, in seconds since 1970.
         api_keys: any of them opens the server; with none, it is open.
         heartbeats: returns what the ranks say of themselves, or None while there are none.
+        tracer: makes spans of requests; None without traces.
         sampling_defaults: of requests that do not say how tokens are chosen.
     """
 
@@ -43,4 +45,5 @@ class ServerContext:
     created_s: int
     api_keys: tuple[str, ...]
     heartbeats: Callable[[], HeartbeatReader | None]
+    tracer: RequestTracer | None = None
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)

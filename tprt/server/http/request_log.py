@@ -1,4 +1,4 @@
-"""One line for each finished request, and the id that ties it to its answer.
+"""One line for each finished request, its span where there are traces, and the id that ties it to its answer.
 
 A line tells what was asked of the server and how that went, never what a prompt, an output or a key was. Knows
 nothing of how a request is served.
@@ -11,11 +11,13 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tprt.log import get_logger
+from tprt.messages import SamplingParams
 
 _log = get_logger(__name__)
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -25,13 +27,15 @@ _QUIET = frozenset({"/health", "/ready", "/metrics", "/version", "/state"})
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the log will say of a request; whoever serves it fills it in.
+    """What log and trace will say of a request; whoever serves it fills it in.
 
     Attributes:
         request_id: also the header `x-request-id` of the answer.
         started_s: when it came, on the monotonic clock.
         status: of the answer; 499 when the client left before.
         first_token_s: from the beginning to the first token; None without one.
+        sampling: of its first choice; None where no token was asked for.
+        num_choices: for each prompt.
     """
 
     request_id: str
@@ -41,6 +45,8 @@ class RequestRecord:
     num_output_tokens: int = 0
     first_token_s: float | None = None
     finish_reason: str | None = None
+    sampling: SamplingParams | None = None
+    num_choices: int = 1
 
     def on_token(self) -> None:
         """Note the time of the first token."""
@@ -54,20 +60,32 @@ def record_of(scope: Scope) -> RequestRecord:
     return record
 
 
-class LogRequests:
-    """Gives every request its id and logs it when it has ended."""
+class RequestTracer(Protocol):
+    """Who makes spans of requests."""
 
-    def __init__(self, app: ASGIApp, enabled: bool) -> None:
+    def trace(self, endpoint: str, headers: Headers, record: RequestRecord) -> None:
+        """Take note of a request that has ended."""
+
+    def close(self, timeout_s: float) -> None:
+        """Send what has not been sent, in `timeout_s` at most."""
+
+
+class LogRequests:
+    """Gives every request its id, and logs and traces it when it has ended."""
+
+    def __init__(self, app: ASGIApp, enabled: bool, tracer: RequestTracer | None = None) -> None:
         """Assign only; `enabled`: write lines."""
         self._app = app
         self._enabled = enabled
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the request, and write its line whatever becomes of it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(Headers(scope=scope)))
+        headers = Headers(scope=scope)
+        record = RequestRecord(_request_id(headers))
         scope[_RECORD] = record
         id_header = (b"x-request-id", record.request_id.encode())
 
@@ -80,8 +98,11 @@ class LogRequests:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            endpoint = _endpoint(scope)
             if self._enabled:
-                _write_line(scope, record)
+                _write_line(scope["method"], endpoint, record)
+            if self._tracer is not None:
+                self._tracer.trace(endpoint, headers, record)
 
 
 def _request_id(headers: Headers) -> str:
@@ -89,16 +110,19 @@ def _request_id(headers: Headers) -> str:
     return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _write_line(scope: Scope, record: RequestRecord) -> None:
-    route = scope.get("route")
-    # What was asked for is not written where there is no such route: it may hold anything.
-    endpoint = getattr(route, "path", "(no such path)")
+def _endpoint(scope: Scope) -> str:
+    # What was asked for is not told where there is no such route: it may hold anything.
+    path: str = getattr(scope.get("route"), "path", "(no such path)")
+    return path
+
+
+def _write_line(method: str, endpoint: str, record: RequestRecord) -> None:
     # Not ready yet is no news either: whoever waits for it asks every second.
     is_quiet = endpoint in _QUIET and (record.status < 400 or endpoint == "/ready")
     level = logging.DEBUG if is_quiet else logging.INFO
     if not _log.isEnabledFor(level):
         return
-    fields = _fields(scope["method"], endpoint, record)
+    fields = _fields(method, endpoint, record)
     text = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
     _log.log(level, "request ended: %s", text, extra={"fields": fields})
 

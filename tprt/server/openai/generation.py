@@ -67,6 +67,7 @@ class Generation:
             InvalidRequestError, EngineBusyError, EngineDeadError: the engine does not take it.
         """
         self._num_choices = num_choices
+        self._record.sampling, self._record.num_choices = jobs[0].sampling, num_choices
         self._record.num_prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs)
         several = len(jobs) * num_choices > 1
         async with AsyncExitStack() as stack:
