@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +16,9 @@ from launch.cuda_devices import gpu_in_turn
 from tprt.config import ParallelConfig
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
+
+# CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of cuda.h
+_P2P_NATIVE_ATOMICS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +67,18 @@ def place_on_gpu(local_rank: int, local_world_size: int, num_gpus: int, allow_sh
     return RankDevice(torch.device("cuda", index), num_sharers, any_shared)
 
 
-def choose_all_reduce(setting: str, device_type: str, any_shared: bool = False) -> CollectiveBackend:
+def choose_all_reduce(
+    setting: str, device_type: str, any_shared: bool = False, are_linked: bool | None = None
+) -> CollectiveBackend:
     """Return the all-reduce for ranks on devices of `device_type`, some of which may be shared.
+
+    `are_linked` is what `are_gpus_linked` says, None where that is not known.
 
     Raises:
         ConfigError: the one asked for cannot work there, or is not known.
     """
     if setting == "auto":
-        return "shm" if device_type == "cpu" else "symm_mem" if any_shared else "nccl"
+        return "shm" if device_type == "cpu" else "symm_mem" if any_shared or are_linked else "nccl"
     if setting in ("nccl", "symm_mem") and device_type != "cuda":
         raise ConfigError(
             f"parallel.all_reduce is {setting}, which needs CUDA devices; use shm or gloo on CPUs"
@@ -77,6 +86,11 @@ def choose_all_reduce(setting: str, device_type: str, any_shared: bool = False) 
     if setting == "shm" and device_type != "cpu":
         raise ConfigError(
             "parallel.all_reduce is shm, which joins CPU ranks only; use nccl or symm_mem on CUDA devices"
+        )
+    if setting == "symm_mem" and are_linked is False:
+        raise ConfigError(
+            "parallel.all_reduce is symm_mem, and the GPUs of this host do not all reach each other's memory"
+            " with atomics (NVLink); use nccl"
         )
     if setting == "nccl" and any_shared:
         raise ConfigError(
@@ -87,6 +101,23 @@ def choose_all_reduce(setting: str, device_type: str, any_shared: bool = False) 
         if setting == backend:
             return backend
     raise ConfigError(f"parallel.all_reduce is {setting}; expected auto or one of {', '.join(known)}")
+
+
+def are_gpus_linked(num_gpus: int) -> bool:
+    """Tell whether each of the first `num_gpus` GPUs of this process can do atomics on every other's memory.
+
+    NVLink does them, PCIe does not. torch does not tell, so the driver is asked.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    value = ctypes.c_int()
+    for pair in permutations(range(num_gpus), 2):
+        failed = driver.cuDeviceGetP2PAttribute(ctypes.byref(value), _P2P_NATIVE_ATOMICS, *pair)
+        if failed or not value.value:
+            return False
+    return True
 
 
 def prepare_shared_memory(parallel: ParallelConfig) -> None:

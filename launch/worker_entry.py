@@ -124,7 +124,9 @@ class WorkerProcess:
         group.close()
 
     def _join_group(self, chosen: RankDevice, meeting: str) -> TPGroup:
-        from launch.devices import cache_folder, choose_all_reduce, is_mps_running
+        import torch
+
+        from launch.devices import are_gpus_linked, cache_folder, choose_all_reduce, is_mps_running
         from tprt.distributed import GroupDeadlines, make_group, tune_all_reduce
 
         place, supervision = self._place, self._config.supervision
@@ -133,8 +135,12 @@ class WorkerProcess:
                 "ranks share a GPU and CUDA's MPS daemon is not running: they take turns of milliseconds; start"
                 " nvidia-cuda-mps-control -d"
             )
+        all_reduce, device_type = self._config.parallel.all_reduce, chosen.device.type
+        are_linked = device_type == "cuda" and are_gpus_linked(
+            min(place.local_world_size, torch.cuda.device_count())
+        )
         group = make_group(
-            choose_all_reduce(self._config.parallel.all_reduce, chosen.device.type, chosen.any_shared),
+            choose_all_reduce(all_reduce, device_type, chosen.any_shared, are_linked),
             place.rank,
             place.world_size,
             chosen.device,

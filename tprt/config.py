@@ -54,7 +54,7 @@ class ParallelConfig(_Section):
     rank_weights: RankWeights | None = None
     """Share of each rank, in any unit (GiB of its GPU, say); auto: memory of its GPU; none: equal shares."""
     all_reduce: Literal["auto", "shm", "gloo", "nccl", "symm_mem"] = "auto"
-    """How ranks sum: auto takes nccl on CUDA devices, symm_mem where ranks share one, shm between CPU ranks."""
+    """How ranks sum: auto takes symm_mem on GPUs that are linked or shared, nccl on others, shm on CPUs."""
     allow_shared_gpu: bool = False
     """Let ranks share GPUs where there are more ranks than GPUs: for tests, with CUDA's MPS daemon running."""
 

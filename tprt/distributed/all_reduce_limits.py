@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,23 +36,33 @@ class SumTimes:
 
 
 def limits_from(times: Sequence[SumTimes]) -> AllReduceLimits:
-    """Return the limits that `times`, by rising size, speak for.
+    """Return the limits with which the sums of `times`, by rising size, take least: their product does.
 
-    A limit lies at the last size before one shot loses to two, or before both lose to the group, there and at
-    all larger sizes.
+    So all sizes count alike, and one that was measured badly does not decide. The group has a part in it if all
+    its times are known.
     """
-    one_shot_bytes = 0
-    for time in times:
-        if time.one_shot_us > time.two_shot_us:
-            break
-        one_shot_bytes = time.num_bytes
-    two_shot_bytes = NO_LIMIT
-    for index in range(len(times) - 1, -1, -1):
-        time = times[index]
-        if time.group_us is None or time.group_us >= min(time.one_shot_us, time.two_shot_us):
-            break
-        two_shot_bytes = times[index - 1].num_bytes if index else 0
-    return AllReduceLimits(one_shot_bytes, two_shot_bytes)
+    num_sizes = len(times)
+    has_group = all(time.group_us is not None for time in times)
+    least, best = math.inf, (0, num_sizes)
+    for two_end in range(num_sizes, -1 if has_group else num_sizes - 1, -1):
+        for one_end in range(two_end, -1, -1):
+            cost = math.fsum(math.log(us) for us in _chosen_us(times, one_end, two_end))
+            if cost < least:
+                least, best = cost, (one_end, two_end)
+    ends = [times[end - 1].num_bytes if end else 0 for end in best]
+    return AllReduceLimits(ends[0], NO_LIMIT if best[1] == num_sizes else ends[1])
+
+
+def _chosen_us(times: Sequence[SumTimes], one_end: int, two_end: int) -> Iterator[float]:
+    """Yield what each sum takes if those before `one_end` are done in one shot, before `two_end` in two."""
+    for index, time in enumerate(times):
+        if index < one_end:
+            yield time.one_shot_us
+        elif index < two_end:
+            yield time.two_shot_us
+        else:
+            assert time.group_us is not None, "the group is a choice"
+            yield time.group_us
 
 
 class LimitsFile:

@@ -20,10 +20,12 @@ from tprt.log import get_logger
 
 _LOG = get_logger(__name__)
 # Measured with these; a change to the kernels is a new version.
-_VERSION = 1
-_SIZES = tuple(4**power * 1024 for power in range(2, 8))
-_CALLS = 5
-_REPLAYS = 3
+_VERSION = 2
+_SIZES = tuple(4**power * 1024 for power in range(1, 9))
+_CALLS = 10
+_LARGE_CALLS = 3
+_LARGE_BYTES = 8 * 2**20
+_REPLAYS = 5
 
 
 def tune_all_reduce(group: TPGroup, folder: Path) -> None:
@@ -38,8 +40,11 @@ def tune_all_reduce(group: TPGroup, folder: Path) -> None:
     file = LimitsFile(folder, topology)
     limits = _of_rank_0(group, file.read())
     if limits is None:
+        _compile(collectives)
         started_s = time.monotonic()
-        times = [_time_size(collectives, num_bytes) for num_bytes in _SIZES]
+        # The large ones first: a device that has been idle is slow in the beginning.
+        times = [_time_size(collectives, num_bytes) for num_bytes in reversed(_SIZES)][::-1]
+        torch.cuda.empty_cache()
         limits = _of_rank_0(group, limits_from(times))
         assert limits is not None, "rank 0 has measured"
         if group.rank == 0:
@@ -71,21 +76,27 @@ def _keep(file: LimitsFile, limits: AllReduceLimits, times: list[SumTimes]) -> N
         _LOG.warning("the measured sums cannot be kept in %s: %s", file.path, error)
 
 
+def _compile(collectives: SymmMemCollectives) -> None:
+    """Run both kernels once, so that what is compiled for every start is not counted here."""
+    tensor = torch.zeros(_SIZES[0] // 2, dtype=torch.bfloat16, device=collectives.device)
+    collectives.sum_two_shot(collectives.sum_one_shot(tensor))
+    torch.cuda.synchronize(collectives.device)
+
+
 def _time_size(collectives: SymmMemCollectives, num_bytes: int) -> SumTimes:
     tensor = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=collectives.device)
+    group = collectives.group
     return SumTimes(
         num_bytes=num_bytes,
-        one_shot_us=min(time_captured(lambda: collectives.sum_one_shot(tensor), _CALLS, _REPLAYS)),
-        two_shot_us=min(time_captured(lambda: collectives.sum_two_shot(tensor), _CALLS, _REPLAYS)),
-        group_us=_time_group(collectives, tensor),
+        one_shot_us=_least_us(collectives.sum_one_shot, tensor),
+        two_shot_us=_least_us(collectives.sum_two_shot, tensor),
+        group_us=_least_us(group.all_reduce, tensor) if group.capturable else None,
     )
 
 
-def _time_group(collectives: SymmMemCollectives, tensor: Tensor) -> float | None:
-    group = collectives.group
-    if not group.capturable:
-        return None
-    return min(time_captured(lambda: group.all_reduce(tensor), _CALLS, _REPLAYS))
+def _least_us(add: Callable[[Tensor], Tensor], tensor: Tensor) -> float:
+    num_calls = _LARGE_CALLS if tensor.nbytes > _LARGE_BYTES else _CALLS
+    return min(time_captured(lambda: add(tensor), num_calls, _REPLAYS))
 
 
 def time_captured(call: Callable[[], object], num_calls: int, num_replays: int) -> list[float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from launch.devices import (
     RankDevice,
+    are_gpus_linked,
     cache_folder,
     choose_all_reduce,
     choose_device,
@@ -81,6 +83,38 @@ def test_an_all_reduce_that_cannot_work_there_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"parallel.all_reduce is {words}"):
         choose_all_reduce(setting, device, any_shared)
+
+
+def test_gpus_sum_over_their_links_where_they_have_them() -> None:
+    assert choose_all_reduce("auto", "cuda", are_linked=True) == "symm_mem"
+    assert choose_all_reduce("auto", "cuda", are_linked=False) == "nccl"
+    assert choose_all_reduce("nccl", "cuda", are_linked=True) == "nccl"
+    with pytest.raises(ConfigError, match=r"symm_mem, and the GPUs .* \(NVLink\); use nccl"):
+        choose_all_reduce("symm_mem", "cuda", are_linked=False)
+
+
+class Driver:
+    """What the driver says of pairs of GPUs: 0 and 1 are linked, 2 is not, and there is no other."""
+
+    def __call__(self, name: str) -> Driver:
+        return self
+
+    def cuDeviceGetP2PAttribute(self, value: Any, attribute: int, first: int, second: int) -> int:  # noqa: N802
+        value._obj.value = int(attribute == 3 and {first, second} == {0, 1})
+        return 0 if max(first, second) < 3 else 101
+
+
+def test_the_driver_says_which_gpus_are_linked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", Driver())
+    assert [are_gpus_linked(num_gpus) for num_gpus in (1, 2, 3, 4)] == [True, True, False, False]
+
+
+def test_without_a_driver_no_gpus_are_linked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    assert not are_gpus_linked(2)
 
 
 def test_multicast_is_off_and_devices_overlap_only_where_ranks_may_share_one(
