@@ -140,6 +140,11 @@ def test_what_has_not_finished_at_the_end_of_the_drain_ends_with_what_it_has_and
     assert received.resource["service.name"] == "tprt"
     assert received.attributes["gen_ai.usage.completion_tokens"] == num_tokens
     assert received.attributes["gen_ai.response.finish_reasons"] == ["abort"]
+    times = [
+        received.attributes[f"gen_ai.latency.{name}"]
+        for name in ("time_in_queue", "time_to_first_token", "e2e")
+    ]
+    assert 0 < times[0] < times[1] < times[2]
 
 
 def test_a_second_signal_ends_at_once(worded: TinyDeployment) -> None:

@@ -81,6 +81,7 @@ class FakeEngine:
         self.tokens_at_once = 3
         self.aborts_after: int | None = None
         self.num_cached = 0
+        self.queue_s: float | None = None
         self.submitted: list[tuple[list[int], SamplingParams, str]] = []
         self.aborted: list[str] = []
         self._running: dict[str, RequestStream] = {}
@@ -100,7 +101,7 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append((prompt, sampling, request_id))
-        completion = Completion(prompt, sampling, num_cached_tokens=self.num_cached)
+        completion = Completion(prompt, sampling, num_cached_tokens=self.num_cached, queue_s=self.queue_s)
         stream = RequestStream(request_id, completion, _NoMeter(), lambda: self._leave(request_id))
         self._running[request_id] = stream
         if not self.stays_silent:

@@ -61,6 +61,7 @@ def _to_output(result: StepResult) -> RequestOutput:
         token_ids=result.token_ids,
         finish_reasons=result.finish_reasons,
         num_cached_tokens=result.num_cached_tokens,
+        queue_s=result.queue_s,
         logprobs=result.logprobs,
         top_token_ids=result.top_token_ids,
         top_logprobs=result.top_logprobs,

@@ -7,6 +7,7 @@ each step. Knows nothing of who asks.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
 from tprt.messages import QUEUE_BOUNDS_S
 
@@ -25,7 +26,7 @@ class EngineCounters:
     """
 
     __slots__ = (
-        "_arrivals_ns",
+        "_first_runs",
         "last_step_ns",
         "num_cached_tokens",
         "num_generated_tokens",
@@ -43,21 +44,24 @@ class EngineCounters:
         self.num_steps = self.last_step_ns = 0
         self.queue_counts, self.queue_sum_s = [0] * (len(QUEUE_BOUNDS_S) + 1), 0.0
         # Of the prompts that run from the step on that is about to begin.
-        self._arrivals_ns: list[int] = []
+        self._first_runs: list[tuple[int, Callable[[float], None]]] = []
 
-    def prompt_runs(self, num_tokens: int, num_cached_tokens: int, arrived_ns: int) -> None:
-        """Count a prompt that is to run for the first time."""
+    def prompt_runs(
+        self, num_tokens: int, num_cached_tokens: int, arrived_ns: int, tell: Callable[[float], None]
+    ) -> None:
+        """Count a prompt that is to run for the first time; `tell` will hear how long it has waited by then."""
         self.num_prompt_tokens += num_tokens
         self.num_cached_tokens += num_cached_tokens
-        self._arrivals_ns.append(arrived_ns)
+        self._first_runs.append((arrived_ns, tell))
 
     def step_began(self, now_ns: int) -> None:
         """Note how long the prompts waited that this step is the first of."""
-        for arrived_ns in self._arrivals_ns:
+        for arrived_ns, tell in self._first_runs:
             waited_s = (now_ns - arrived_ns) / 1e9
             self.queue_counts[bisect_left(QUEUE_BOUNDS_S, waited_s)] += 1
             self.queue_sum_s += waited_s
-        self._arrivals_ns.clear()
+            tell(waited_s)
+        self._first_runs.clear()
 
     def step_ended(self, num_tokens: int, now_ns: int) -> None:
         """Count a step that brought `num_tokens` tokens."""

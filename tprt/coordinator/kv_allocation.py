@@ -6,6 +6,8 @@ blocks is told, who must give way is decided elsewhere.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from tprt.coordinator.block_manager import BlockManager
@@ -43,7 +45,8 @@ class KVAllocation:
         num_cached_tokens = len(cached) * self._block_size
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = num_cached_tokens
-            self._counters.prompt_runs(sequence.prompt_len, num_cached_tokens, sequence.arrived_ns)
+            tell = partial(self._table.note_queue_time, sequence)
+            self._counters.prompt_runs(sequence.prompt_len, num_cached_tokens, sequence.arrived_ns, tell)
         return self._table.place(sequence, self._blocks.allocate(cached, num_new), num_cached_tokens)
 
     def can_place(self, sequence: Sequence, num_reserved: int) -> bool:

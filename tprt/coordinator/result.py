@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from tprt.coordinator.sequence import SequenceTable, Slots
 from tprt.coordinator.step import StepInFlight
-from tprt.messages import FinishReason, Float32Array, Int32Array, Int64Array, StepOutput, UInt8Array
+from tprt.messages import (
+    NO_FLOAT32,
+    FinishReason,
+    Float32Array,
+    Int32Array,
+    Int64Array,
+    StepOutput,
+    UInt8Array,
+)
 
 _LENGTH = np.uint8(FinishReason.LENGTH)
 
@@ -24,8 +32,8 @@ class StepResult:
 
     Attributes:
         keys: `[n]` object array, the keys of `Scheduler.add`.
-        request_ids, token_ids, finish_reasons, num_cached_tokens, logprobs, top_token_ids, top_logprobs,
-            num_top: as in `RequestOutput`.
+        request_ids, token_ids, finish_reasons, num_cached_tokens, queue_s, logprobs, top_token_ids,
+            top_logprobs, num_top: as in `RequestOutput`.
     """
 
     keys: NDArray[Any]
@@ -33,6 +41,7 @@ class StepResult:
     token_ids: Int32Array
     finish_reasons: UInt8Array
     num_cached_tokens: Int32Array
+    queue_s: Float32Array
     logprobs: Float32Array
     top_token_ids: Int32Array
     top_logprobs: Float32Array
@@ -46,6 +55,7 @@ class StepResult:
             token_ids=self.token_ids[rows],
             finish_reasons=self.finish_reasons[rows],
             num_cached_tokens=self.num_cached_tokens[rows],
+            queue_s=self.queue_s[rows] if len(self.queue_s) else self.queue_s,
             logprobs=self.logprobs[rows] if len(self.logprobs) else self.logprobs,
             top_token_ids=self._select_top(self.top_token_ids, rows),
             top_logprobs=self._select_top(self.top_logprobs, rows),
@@ -80,6 +90,7 @@ def make_result(
         token_ids=output.token_ids,
         finish_reasons=finish_reasons,
         num_cached_tokens=table.num_cached_tokens[slots],
+        queue_s=_take_queue_times(table, slots),
         logprobs=output.logprobs,
         top_token_ids=output.top_token_ids,
         top_logprobs=output.top_logprobs,
@@ -87,3 +98,12 @@ def make_result(
     )
     ended = table.ended[slots]
     return result.select(~ended) if ended.any() else result
+
+
+def _take_queue_times(table: SequenceTable, slots: Slots) -> Float32Array:
+    """Return `queue_s` of the rows, of which each is told once; nothing where none is new, as in most steps."""
+    waited_s: Float32Array = table.queue_s[slots]
+    if not (waited_s >= 0).any():
+        return NO_FLOAT32
+    table.queue_s[slots] = -1
+    return waited_s

@@ -42,6 +42,7 @@ class Sequence:
         arrived_ns: when it came, as the caller said.
         slot: its row of the table, or -1 while it waits.
         num_cached_tokens: prompt tokens that came from the prefix cache when it first ran; -1 before that.
+        queue_s: how long it waited before it first ran; -1 before that.
         block_hashes: hashes of its leading full blocks, as far as they were needed.
         adjuster: what is done to its logits; None when nothing is.
     """
@@ -55,6 +56,7 @@ class Sequence:
     arrived_ns: int = 0
     slot: int = -1
     num_cached_tokens: int = _UNKNOWN
+    queue_s: float = _UNKNOWN
     block_hashes: list[bytes] = field(default_factory=list)
     adjuster: LogitAdjuster | None = None
 
@@ -90,6 +92,7 @@ class SequenceTable:
         max_tokens: `[N]` length at which each ends.
         stop_ids: `[N, w]` tokens that end each, padded with -1; `w` grows as needed.
         request_ids, num_cached_tokens: `[N]` for the answers.
+        queue_s: `[N]` for the next answer; -1 once it was told.
         temperatures, top_ks, top_ps, min_ps, seeds, num_logprobs: `[N]` as in `StepInput`.
         is_adjusted: `[N]` something is done to the logits of each.
         needs_newest: `[N]` its next step needs its newest token here, not only on the ranks.
@@ -115,6 +118,7 @@ class SequenceTable:
         self.num_cached_tokens, self.num_logprobs, self.top_ks = _column(n), _column(n), _column(n)
         self.request_ids, self.seeds = np.zeros(n, np.int64), np.zeros(n, np.int64)
         self.temperatures, self.top_ps, self.min_ps = (np.zeros(n, np.float32) for _ in range(3))
+        self.queue_s = np.zeros(n, np.float32)
         self.is_adjusted, self.needs_newest = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
         self.num_adjusted = 0
 
@@ -136,9 +140,15 @@ class SequenceTable:
         self.num_known_blocks[slot] = num_computed_tokens // self._block_size
         self.in_flight[slot], self.ended[slot] = 0, False
         self.request_ids[slot] = sequence.request_id
-        self.num_cached_tokens[slot] = sequence.num_cached_tokens
+        self.num_cached_tokens[slot], self.queue_s[slot] = sequence.num_cached_tokens, sequence.queue_s
         self._place_sampling(slot, sequence)
         return slot
+
+    def note_queue_time(self, sequence: Sequence, waited_s: float) -> None:
+        """Note how long a sequence has waited; its next answer will tell."""
+        sequence.queue_s = waited_s
+        if sequence.slot >= 0:
+            self.queue_s[sequence.slot] = waited_s
 
     def remove(self, slot: int) -> Sequence:
         """Take the row from its sequence, which keeps its known tokens."""

@@ -61,6 +61,8 @@ class RequestOutput:
         token_ids: `[n]` the new token, or -1 where a request ended without one (abort).
         finish_reasons: `[n]` a `FinishReason`.
         num_cached_tokens: `[n]` prompt tokens that came from the prefix cache.
+        queue_s: `[n]` how long each waited before it first ran, where that was not told before, else -1; empty
+            where it was for all.
         logprobs, top_token_ids, top_logprobs, num_top: as in `StepOutput`.
     """
 
@@ -68,6 +70,7 @@ class RequestOutput:
     token_ids: Int32Array
     finish_reasons: UInt8Array
     num_cached_tokens: Int32Array
+    queue_s: Float32Array = field(default_factory=lambda: NO_FLOAT32)
     logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)
     top_token_ids: Int32Array = field(default_factory=lambda: NO_INT32)
     top_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)

@@ -42,6 +42,7 @@ class Completion:
         finish_reason: None while it runs.
         stop_reason: the stop string that ended it, if one did.
         num_cached_tokens: prompt tokens that came from the prefix cache.
+        queue_s: how long it waited in the engine before it first ran; None before its first token.
         logprobs: one entry per token when asked for.
         error: why it was refused, if it was.
     """
@@ -52,6 +53,7 @@ class Completion:
     finish_reason: FinishName | None = None
     stop_reason: str | None = None
     num_cached_tokens: int = 0
+    queue_s: float | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
     _stream: TextStream | None = None

@@ -157,6 +157,8 @@ class EngineClient:
             raise EngineDeadError(f"the coordinator sent {type(message).__name__}, which no client expects")
 
     def _take_rows(self, output: RequestOutput) -> None:
+        if len(output.queue_s):
+            self._take_queue_times(output)
         # As lists, since one element of an array after another takes longer than all the rest of this.
         columns = (output.request_ids, output.token_ids, output.finish_reasons, output.num_cached_tokens)
         rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -172,6 +174,12 @@ class EngineClient:
             if reason != _NOT_FINISHED or completion.finished:
                 self._end(request_id, completion, FinishReason(reason))
             self._on_news(request_id)
+
+    def _take_queue_times(self, output: RequestOutput) -> None:
+        for request_id, queue_s in zip(output.request_ids.tolist(), output.queue_s.tolist(), strict=True):
+            completion = self._running.get(request_id)
+            if completion is not None and queue_s >= 0:
+                completion.queue_s = queue_s
 
     def _end(self, request_id: int, completion: Completion, reason: FinishReason) -> None:
         """End a request that the engine has finished, or that has found a stop string and must tell it."""

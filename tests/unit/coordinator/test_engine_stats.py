@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.coordinator.driving import add, run
+from tests.unit.coordinator.driving import add, answer, run, schedule
 from tests.unit.coordinator.driving import make as make_scheduler
 from tests.unit.coordinator.engine_of_threads import NUM_BLOCKS, Make, assert_set
 from tests.unit.coordinator.replaced_engine import ReplacedEngine
@@ -67,6 +67,25 @@ def test_how_long_requests_waited_is_counted_once_for_each(make: Make) -> None:
     # Eight run at a time, so at least one has waited for steps of five milliseconds.
     assert stats.queue_sum_s > 0.005
     assert stats.queue_counts[0] < 10
+    told = [queue_s for output in client.outputs for queue_s in output.queue_s.tolist() if queue_s >= 0]
+    assert len(told) == 10, "each request is told once how long it has waited"
+    assert sum(told) == pytest.approx(stats.queue_sum_s, rel=1e-4)
+
+
+def test_a_request_is_told_what_it_waited_with_its_first_token_whatever_comes_between() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    add(scheduler, "a", 6, max_tokens=3)
+    step = schedule(scheduler)
+    scheduler.counters.step_began(2_500_000_000)
+    # The first part of the prompt brings no token, and then the ranks are replaced.
+    assert len(answer(scheduler, step).queue_s) == 0
+    scheduler.reset_for_epoch(1)
+    told = []
+    while scheduler.has_unfinished:
+        step = schedule(scheduler)
+        scheduler.counters.step_began(9_000_000_000)
+        told.append(answer(scheduler, step).queue_s.tolist())
+    assert told == [[], [2.5], [], []]
 
 
 def test_what_runs_and_waits_is_told_while_a_step_runs(make: Make) -> None:

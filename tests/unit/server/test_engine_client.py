@@ -87,6 +87,17 @@ def test_tokens_go_to_the_completion_they_belong_to(client: EngineClient, lane: 
     assert [message.prompt_token_ids.tolist() for message in added] == [[1, 2], [3]]
 
 
+def test_a_completion_knows_how_long_it_waited_once_it_was_told(client: EngineClient, lane: Lane) -> None:
+    (first, one), (second, two) = client.add([1], GREEDY), client.add([2], GREEDY)
+    lane.bring(output((first, 7, NONE), (second, 8, NONE), queue_s=np.array([-1, 0.5], np.float32)))
+    client.poll(0.0)
+    assert (one.queue_s, two.queue_s) == (None, 0.5)
+    lane.bring(output((first, 7, STOP), (second, 8, NONE), queue_s=np.array([0.25, -1], np.float32)))
+    lane.bring(output((second, 8, LENGTH)))
+    client.poll(0.0)
+    assert (one.queue_s, two.queue_s) == (0.25, 0.5)
+
+
 def test_logprobs_are_cut_to_what_each_request_asked_for(client: EngineClient, lane: Lane) -> None:
     wants_one, one = client.add([1], SamplingParams(logprobs=1))
     wants_none, none = client.add([1], GREEDY)

@@ -34,6 +34,7 @@ class RequestRecord:
         started_s: when it came, on the monotonic clock.
         status: of the answer; 499 when the client left before.
         first_token_s: from the beginning to the first token; None without one.
+        queue_s: how long its first sequence waited in the engine before it ran; None if it did not.
         sampling: of its first choice; None where no token was asked for.
         num_choices: for each prompt.
     """
@@ -45,6 +46,7 @@ class RequestRecord:
     num_output_tokens: int = 0
     first_token_s: float | None = None
     finish_reason: str | None = None
+    queue_s: float | None = None
     sampling: SamplingParams | None = None
     num_choices: int = 1
 

@@ -86,6 +86,8 @@ def _attributes(
         "http.route": endpoint,
         "http.response.status_code": record.status or _INTERNAL_ERROR,
     }
+    if record.queue_s is not None:
+        attributes["gen_ai.latency.time_in_queue"] = record.queue_s
     if record.first_token_s is not None:
         attributes["gen_ai.latency.time_to_first_token"] = record.first_token_s
     if record.finish_reason is not None:

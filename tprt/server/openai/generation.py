@@ -158,6 +158,8 @@ class Generation:
     def _note_in_record(self) -> None:
         completions = [stream.completion for stream in self._streams]
         self._record.num_output_tokens = sum(len(completion.token_ids) for completion in completions)
+        if completions:
+            self._record.queue_s = completions[0].queue_s
         reasons = {completion.finish_reason or "abort" for completion in completions}
         self._record.finish_reason = ",".join(sorted(reasons)) or None
 
