@@ -12,7 +12,7 @@ from launch.doctor.cgroup import memory_left
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.request import DoctorRequest
 from launch.doctor.shared_memory import own_bytes
-from launch.planning.memory import detected_memory
+from launch.planning.memory import memory_of_ranks
 from launch.planning.plan import DeploymentPlan, capacity_warnings, plan_deployment
 from launch.planning.rank_weights import resolve_rank_weights
 from tprt.attention.registry import make_attention_backend
@@ -34,7 +34,7 @@ def check_memory(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Itera
     config = request.config
     try:
         config = resolve_rank_weights(config, look=lambda: devices)
-        memory = detected_memory(devices, request.num_ranks) if devices else None
+        memory = memory_of_ranks(devices, request.num_ranks, config.parallel.allow_shared_gpu)
         planned = plan_deployment(config, memory)
     except (CheckpointError, UnsupportedModelError, ShardPlanError):
         yield skipped("memory", "the model cannot be planned: see model")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from launch.doctor.finding import Finding, bad, ok, skipped
-from launch.doctor.forked import end_child, fork_child
+from launch.doctor.forked import ask_child, end_child, fork_child
 from launch.doctor.request import DoctorRequest
 
 _NAME = "peer copies"
@@ -27,15 +27,19 @@ _FIX = (
 
 def check_peers(request: DoctorRequest) -> Iterator[Finding]:
     """Copy between all pairs of devices in a process of its own, which may hang."""
-    if not request.expects_cuda or request.num_ranks == 1 or torch.version.cuda is None:
-        yield skipped(_NAME, "there are no two CUDA devices to copy between")
+    num_devices = 0
+    if request.expects_cuda and request.num_ranks > 1:
+        visible = ask_child(torch.cuda.device_count, request.left_s(_LONGEST_S))
+        num_devices = min(request.num_ranks, visible or 0)
+    if num_devices < 2:
+        yield skipped(_NAME, "the ranks have no two CUDA devices to copy between")
         return
     receiver, sender = Pipe(duplex=False)
     with receiver:
         with sender:
-            pid = fork_child(partial(_copy, request.num_ranks, sender))
+            pid = fork_child(partial(_copy, num_devices, sender))
         try:
-            yield _hear(request.num_ranks, receiver, request.left_s(_LONGEST_S))
+            yield _hear(num_devices, receiver, request.left_s(_LONGEST_S))
         finally:
             end_child(pid)
 

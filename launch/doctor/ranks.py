@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import torch
 
 from launch.child import GLOO_ON_ONE_HOST
-from launch.devices import choose_all_reduce
-from launch.doctor.finding import Finding, bad, ok, skipped, warning
+from launch.devices import choose_all_reduce, place_on_gpu, prepare_shared_memory
+from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.forked import ask_child
 from launch.doctor.request import DoctorRequest
 from launch.doctor.trial import Trial
 from launch.run_dir import RunDir
 from tprt.distributed.factory import CollectiveBackend
+from tprt.errors import ConfigError
 
 _NAME = "all-reduce"
 _LONGEST_S = 6.0
@@ -25,6 +26,7 @@ _FIXES: dict[CollectiveBackend, str] = {
     "gloo": "bring the loopback interface up (ip link set lo up), or set parallel.all_reduce: shm on CPUs",
     "nccl": "see what NCCL says with NCCL_DEBUG=WARN; try NCCL_P2P_DISABLE=1; give the container more /dev/shm;"
     " disable PCIe ACS and the IOMMU",
+    "symm_mem": "set parallel.all_reduce: nccl, or gloo where ranks share a GPU",
 }
 
 
@@ -33,22 +35,27 @@ def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
     if request.num_ranks == 1:
         yield skipped(_NAME, "one rank has nobody to sum with")
         return
-    device = "cpu"
+    parallel = request.config.parallel
+    num_gpus, any_shared = 0, False
     if request.expects_cuda:
-        found = ask_child(torch.cuda.device_count, request.left_s(_LONGEST_S)) or 0
-        device = "cuda" if found or request.config.runtime.device == "cuda" else "cpu"
-        if device == "cuda" and found < request.num_ranks:
-            yield skipped(_NAME, f"there are {found} CUDA devices for {request.num_ranks} ranks")
-            return
-    used = choose_all_reduce(request.config.parallel.all_reduce, device)
+        num_gpus = ask_child(torch.cuda.device_count, request.left_s(_LONGEST_S)) or 0
+    try:
+        if num_gpus or request.config.runtime.device == "cuda":
+            last = request.num_ranks - 1
+            any_shared = place_on_gpu(last, request.num_ranks, num_gpus, parallel.allow_shared_gpu).any_shared
+        used = choose_all_reduce(parallel.all_reduce, "cuda" if num_gpus else "cpu", any_shared)
+    except ConfigError as error:
+        yield refused(_NAME, error, "set parallel.all_reduce: auto")
+        return
     os.environ.update(GLOO_ON_ONE_HOST)
+    prepare_shared_memory(parallel)
     run_dir = RunDir.create(is_trial=True)
     try:
-        trial = Trial(used, device, run_dir.path)
+        trial = Trial(used, num_gpus, run_dir.path)
         yield from _try_used(trial, request)
         for other in _ON_CPU:
             if other != used:
-                yield _try_other(Trial(other, "cpu", run_dir.path), request)
+                yield _try_other(Trial(other, 0, run_dir.path), request)
     finally:
         run_dir.remove()
 
@@ -65,7 +72,7 @@ def _try_used(trial: Trial, request: DoctorRequest) -> Iterator[Finding]:
         yield bad(name, problem, _FIXES[trial.backend])
         groups = trial.run(smaller, request.left_s(_LONGEST_S))
     else:
-        text = f"{num_ranks} ranks met and summed on {trial.device} in {seconds:.1f} s"
+        text = f"{num_ranks} ranks met and summed in {seconds:.1f} s"
         yield ok(name, text, world_size=num_ranks, seconds=round(seconds, 3))
     if smaller:
         yield _smaller_groups(name, dict(groups), len(smaller), _FIXES[trial.backend])

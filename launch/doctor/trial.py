@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from launch.cuda_devices import gpu_in_turn
 from launch.doctor.forked import end_child, fork_child
 from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 
@@ -28,10 +29,10 @@ _LEAST_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Ranks that sum by `backend` on devices of type `device` and meet in `folder`."""
+    """Ranks that sum by `backend` on `num_gpus` CUDA devices, or on the CPU if 0, and meet in `folder`."""
 
     backend: CollectiveBackend
-    device: str
+    num_gpus: int
     folder: Path
 
     def run(self, sizes: Sequence[int], timeout_s: float) -> Generator[tuple[int, str]]:
@@ -56,10 +57,14 @@ class Trial:
     def play(self, rank: int, sizes: Sequence[int], end_s: float, connection: Connection) -> None:
         """Be a rank: say of each group what went wrong."""
         torch.set_num_threads(1)
+        device = torch.device("cpu")
+        if self.num_gpus:
+            device = torch.device("cuda", gpu_in_turn(rank, max(sizes), self.num_gpus)[0])
+            torch.cuda.set_device(device)
         for size in sizes:
             if rank < size:
                 try:
-                    problem = self._sum(rank, size, end_s)
+                    problem = self._sum(rank, size, device, end_s)
                 except Exception as error:  # noqa: BLE001 - the outermost frame
                     problem = f"{type(error).__name__}: {error}"
                 connection.send(problem)
@@ -68,10 +73,7 @@ class Trial:
         # To end is the signal to others that this rank is lost.
         signal.pause()
 
-    def _sum(self, rank: int, size: int, end_s: float) -> str:
-        device = torch.device(self.device, rank) if self.device == "cuda" else torch.device(self.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    def _sum(self, rank: int, size: int, device: torch.device, end_s: float) -> str:
         left_s = max(_LEAST_S, end_s - time.monotonic())
         folder = self.folder / f"{self.backend}-{size}"
         folder.mkdir(exist_ok=True)

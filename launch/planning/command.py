@@ -64,7 +64,7 @@ def _resolve(
 ) -> tuple[Config, Sequence[CudaDevice], Sequence[RankMemory] | None]:
     """Return settings that leave nothing open, this host's GPUs if they matter, and the memory of each rank."""
     from launch.cuda_devices import look_at_devices
-    from launch.planning.memory import detected_memory, given_memory, parse_memory_gib, shared_memory
+    from launch.planning.memory import given_memory, memory_of_ranks, parse_memory_gib
     from launch.planning.plan import planned_device
     from launch.planning.rank_weights import fit_to_memory, resolve_rank_weights
 
@@ -77,10 +77,7 @@ def _resolve(
         return resolve_rank_weights(config, look=list), (), None
     devices = look_at_devices()
     config = resolve_rank_weights(config, look=lambda: devices)
-    if not devices:
-        return config, devices, None
-    is_shared = config.parallel.allow_shared_gpu and num_ranks > len(devices)
-    return config, devices, (shared_memory if is_shared else detected_memory)(devices, num_ranks)
+    return config, devices, memory_of_ranks(devices, num_ranks, config.parallel.allow_shared_gpu)
 
 
 def _on_cuda(config: Config) -> Config:

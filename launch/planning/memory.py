@@ -74,6 +74,16 @@ def shared_memory(devices: Sequence[CudaDevice], num_ranks: int) -> list[RankMem
     return found
 
 
+def memory_of_ranks(
+    devices: Sequence[CudaDevice], num_ranks: int, allow_shared_gpu: bool
+) -> list[RankMemory] | None:
+    """Return the memory of ranks on the devices of this host, which they share or not; None without any."""
+    if not devices:
+        return None
+    is_shared = allow_shared_gpu and num_ranks > len(devices)
+    return (shared_memory if is_shared else detected_memory)(devices, num_ranks)
+
+
 def overhead_bytes(num_ranks: int) -> int:
     """Return what a rank takes of its device beside tensors."""
     return CONTEXT_BYTES + _nccl_bytes(num_ranks)

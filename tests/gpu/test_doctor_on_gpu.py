@@ -81,6 +81,14 @@ def test_all_devices_write_to_one_another_and_sum(config: str) -> None:
         assert rows["all-reduce nccl, fewer"]["details"]["world_sizes"][0] == 2
 
 
+def test_ranks_that_share_a_gpu_sum(config: str) -> None:
+    count = torch.cuda.device_count()
+    shared = ("parallel.allow_shared_gpu=true", f"parallel.tensor_parallel_size={count + 1}")
+    _, rows = examine(config, *shared)
+    assert rows["devices"]["verdict"] == "ok"
+    assert rows["all-reduce symm_mem"]["verdict"] == "ok"
+
+
 def test_memory_that_somebody_else_has_is_named(config: str) -> None:
     held = torch.empty(HELD_BYTES, dtype=torch.uint8, device="cuda:0")
     try:
@@ -96,9 +104,9 @@ def test_ranks_without_a_device_are_named(config: str) -> None:
     count = torch.cuda.device_count()
     code, rows = examine(config, f"parallel.tensor_parallel_size={count + 1}")
     assert (code, rows["devices"]["verdict"]) == (1, "bad")
-    assert f"needs CUDA device {count}, but {count} are visible" in rows["devices"]["found"]
+    assert f"need a CUDA device each, but {count} are visible" in rows["devices"]["found"]
     assert rows["devices"]["fix"].startswith("lower parallel.tensor_parallel_size")
-    assert rows["all-reduce"]["verdict"] == "skipped"
+    assert rows["all-reduce"]["verdict"] == "bad"
 
 
 def test_a_share_of_memory_that_holds_no_kv_block_is_bad(config: str) -> None:

@@ -68,20 +68,25 @@ def test_a_machine_that_can_run_the_deployment_is_told_so(tiny: TinyDeployment) 
     assert {rows[name]["verdict"] for name in ("GPU driver", "devices", "peer copies")} == {"skipped"}
 
 
-def test_people_get_a_table_with_a_line_for_each_check(tiny: TinyDeployment) -> None:
+def test_people_get_a_table_with_a_line_for_each_check_and_fixes_below(
+    tiny: TinyDeployment, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('there is none')")
     settings = ["--set", "parallel.tensor_parallel_size=10", "--set", "server.port=0"]
-    command = [TPRT, "doctor", tiny.config, *settings, "--timeout-s", "3"]
     ran = subprocess.run(
-        command,
+        [TPRT, "doctor", tiny.config, *settings, *PATIENT],
         capture_output=True,
         text=True,
         timeout=WAIT_S,
         check=False,
-        env=os.environ | {"COLUMNS": "200"},
+        env=os.environ | {"COLUMNS": "200", "PYTHONPATH": str(tmp_path)},
     )
-    assert ran.stderr == ""
-    assert any(line.split()[:2] == ["versions", "ok"] for line in ran.stdout.splitlines())
-    assert ran.stdout.splitlines()[-1].endswith(" s")
+    assert (ran.returncode, ran.stderr) == (1, "")
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert ["versions", "ok"] in [line[:2] for line in lines]
+    refused = [line[:2] for line in lines].index(["model", "bad"])
+    assert " ".join(lines[refused + 1]) == "fix: legal sizes for this model: 1 to 9"
+    assert " ".join(lines[-1]).endswith(" s")
 
 
 @pytest.mark.skipif(not is_permitted(*NAMESPACES), reason="this user may not make namespaces")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.doctor.finding import Verdict
 from launch.doctor.forked import EXIT_RAISED, ask_child, end_child, fork_child
@@ -34,7 +35,7 @@ class Spoilt(Trial):
     bad_size: int = 0
     way: str = ""
 
-    def _sum(self, rank: int, size: int, end_s: float) -> str:
+    def _sum(self, rank: int, size: int, device: torch.device, end_s: float) -> str:
         if (rank, size) == (1, self.bad_size):
             if self.way == "hangs":
                 signal.pause()
@@ -45,7 +46,7 @@ class Spoilt(Trial):
 
 
 def test_ranks_sum_in_groups_of_every_size(tmp_path: Path) -> None:
-    assert list(Trial("shm", "cpu", tmp_path).run([4, 2, 3], WAIT_S)) == [(4, ""), (2, ""), (3, "")]
+    assert list(Trial("shm", 0, tmp_path).run([4, 2, 3], WAIT_S)) == [(4, ""), (2, ""), (3, "")]
 
 
 @pytest.mark.parametrize(
@@ -59,16 +60,16 @@ def test_ranks_sum_in_groups_of_every_size(tmp_path: Path) -> None:
 def test_the_first_group_that_fails_is_the_last_and_its_rank_is_named(
     tmp_path: Path, way: str, timeout_s: float, problem: str
 ) -> None:
-    assert list(Spoilt("shm", "cpu", tmp_path, 2, way).run([2, 3], timeout_s)) == [(2, problem)]
+    assert list(Spoilt("shm", 0, tmp_path, 2, way).run([2, 3], timeout_s)) == [(2, problem)]
 
 
 def test_a_smaller_group_that_fails_comes_after_those_that_do_not(tmp_path: Path) -> None:
-    found = list(Spoilt("shm", "cpu", tmp_path, 3, "fails").run([4, 2, 3], WAIT_S))
+    found = list(Spoilt("shm", 0, tmp_path, 3, "fails").run([4, 2, 3], WAIT_S))
     assert found == [(4, ""), (2, ""), (3, "rank 1 of 3: RuntimeError: no route to rank 0")]
 
 
 def test_a_group_for_which_there_is_no_time_is_not_tried(tmp_path: Path) -> None:
-    assert list(Spoilt("shm", "cpu", tmp_path).run([3, 2], 0.9)) == [(3, "")]
+    assert list(Spoilt("shm", 0, tmp_path).run([3, 2], 0.9)) == [(3, "")]
 
 
 def test_all_ranks_fewer_ranks_and_the_other_backend_are_told_apart(
@@ -88,7 +89,7 @@ def test_when_all_ranks_fail_it_is_told_how_many_work(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("launch.doctor.ranks._ON_CPU", ("shm",))
 
-    def spoil(self: Trial, rank: int, size: int, end_s: float) -> str:
+    def spoil(self: Trial, rank: int, size: int, device: torch.device, end_s: float) -> str:
         return "the sum is wrong" if size > 3 else ""
 
     monkeypatch.setattr(Trial, "_sum", spoil)
