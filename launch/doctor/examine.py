@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 
 from launch.doctor.checks import CHECKS, Check
-from launch.doctor.finding import Finding, bad, skipped, warning
+from launch.doctor.finding import Finding, bad, silent, skipped, warning
 from launch.doctor.request import DoctorRequest
 from launch.parent_death import PARENT_PID
 from launch.run_dir import remove_abandoned
@@ -23,8 +23,6 @@ from launch.run_dir import remove_abandoned
 _MAX_MESSAGE_BYTES = 65536
 _GONE_S, _BETWEEN_LOOKS_S = 0.5, 0.005
 _PR_SET_CHILD_SUBREAPER = 36
-# Processes that want a CPU, for each that there is: from here on no answer may be a slow one.
-_BUSY = 2
 _SLOW_TORCH = (
     "try again: the second import is from memory; on a machine this slow raise supervision.startup_timeout_s,"
     " and put the Python environment on a local disk"
@@ -65,7 +63,7 @@ class Results:
                 is_cause = check.name == "torch"
                 found.append(bad(check.name, end, check.advice) if is_cause else skipped(check.name, end))
             elif number in self._began:
-                found.append(_unanswered(check, end))
+                found.append(silent(check.name, f"gave no answer: {end}", check.advice))
             else:
                 found.append(self._not_begun(check, end))
         return found
@@ -76,14 +74,6 @@ class Results:
         has_torch = any(CHECKS[number].name == "torch" for number in self._began)
         awaited = f"the check of {check.after}" if has_torch else "the import of torch"
         return skipped(check.name, f"waited for {awaited}: {end}")
-
-
-def _unanswered(check: Check, end: str) -> Finding:
-    load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
-    if load > _BUSY * num_cpus:
-        found = f"gave no answer: {end}, on a busy machine (load {load:.1f} on {num_cpus} CPUs)"
-        return warning(check.name, found, f"try again when it is idle; if it stays so: {check.advice}")
-    return bad(check.name, f"gave no answer: {end}", check.advice)
 
 
 def examine(request: DoctorRequest) -> list[Finding]:

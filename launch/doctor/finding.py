@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 _MAX_TEXT = 900
+# Processes that want a CPU, for each that there is: from here on no answer may be a slow one.
+_BUSY = 2
 
 
 class Verdict(StrEnum):
@@ -66,6 +69,15 @@ def refused(check: str, error: Exception, fix: str) -> Finding:
     """It will not work, as an error says; what to change is what it says after its last semicolon, or `fix`."""
     found, _, advice = str(error).rpartition("; ")
     return bad(check, found or advice, advice if found else fix)
+
+
+def silent(check: str, found: str, fix: str) -> Finding:
+    """It gave no answer in its time: bad, or on a busy machine a warning, since it may only be slow."""
+    load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= _BUSY * num_cpus:
+        return bad(check, found, fix)
+    busy = f"{found}, on a busy machine (load {load:.1f} on {num_cpus} CPUs)"
+    return warning(check, busy, f"try again when it is idle, or with --timeout-s 60; if it stays so: {fix}")
 
 
 def skipped(check: str, why: str) -> Finding:

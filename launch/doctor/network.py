@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import time
@@ -34,7 +35,23 @@ def check_server(request: DoctorRequest) -> Iterator[Finding]:
         finding = refused("server", error, "set server.host and server.port to an address that is free")
         holder = holder_of(server.port)
         yield replace(finding, found=f"{finding.found}; held by {holder}") if holder else finding
-    yield skipped("rendezvous", "the ranks are on one host: they meet in the run directory and need no port")
+    yield _rendezvous()
+
+
+def _rendezvous() -> Finding:
+    """Listen where torchrun and the like have ranks of several hosts meet."""
+    name, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal():
+        return skipped("rendezvous", "ranks of one host meet in the run directory; no $MASTER_PORT is set")
+    try:
+        socket.create_server((name, int(port))).close()
+    except (OSError, OverflowError) as error:
+        if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
+            return skipped("rendezvous", f"{name}:{port} is no address of this host; reach it with --host")
+        holder = holder_of(int(port))
+        found = f"cannot listen at {name}:{port}: {error}{f'; held by {holder}' if holder else ''}"
+        return bad("rendezvous", found, "choose another $MASTER_PORT, the same on all hosts")
+    return ok("rendezvous", f"{name}:{port} is free")
 
 
 def holder_of(port: int) -> str:

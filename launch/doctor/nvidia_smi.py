@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from launch.doctor.finding import Finding, bad, ok, skipped, warning
+from launch.doctor.finding import Finding, bad, ok, silent, skipped, warning
 from launch.doctor.forked import output_of
 from launch.doctor.request import DoctorRequest
 
@@ -53,7 +53,7 @@ def check_driver(request: DoctorRequest) -> Iterator[Finding]:
         why = "there is no nvidia-smi (a container gets it by NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
         yield skipped(_NAME, why)
     except subprocess.TimeoutExpired as error:
-        yield bad(_NAME, f"{' '.join(error.cmd)} gave no answer in {error.timeout:.1f} s", _HANGS)
+        yield silent(_NAME, f"{' '.join(error.cmd)} gave no answer in {error.timeout:.1f} s", _HANGS)
     except subprocess.CalledProcessError as error:
         said = (error.stderr or error.stdout).strip() or f"exit code {error.returncode}"
         yield bad(_NAME, f"nvidia-smi failed: {said}", "install a driver for these GPUs, or load its module")

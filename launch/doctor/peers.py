@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from launch.doctor.finding import Finding, bad, ok, skipped
+from launch.doctor.finding import Finding, bad, ok, silent, skipped
 from launch.doctor.forked import ask_child, end_child, fork_child
 from launch.doctor.request import DoctorRequest
 
@@ -67,9 +67,10 @@ def _hear(num_devices: int, receiver: Connection, timeout_s: float) -> Finding:
             source, target = _receive(receiver, end_s)
             pair = f"{source} to {target}"
             is_direct, is_right = _receive(receiver, end_s)
-        except (EOFError, TimeoutError) as error:
-            how = "the process died" if isinstance(error, EOFError) else "nothing arrived in time"
-            return bad(_NAME, f"device {pair}: {how}", _FIX)
+        except EOFError:
+            return bad(_NAME, f"device {pair}: the process died", _FIX)
+        except TimeoutError:
+            return silent(_NAME, f"device {pair}: nothing arrived in {timeout_s:.1f} s", _FIX)
         num_direct += is_direct
         if not is_right:
             wrong.append(pair)

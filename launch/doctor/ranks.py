@@ -10,16 +10,17 @@ import torch
 
 from launch.child import GLOO_ON_ONE_HOST
 from launch.devices import choose_all_reduce, place_on_gpu, prepare_shared_memory
-from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
+from launch.doctor.finding import Finding, bad, ok, refused, silent, skipped, warning
 from launch.doctor.forked import ask_child
 from launch.doctor.request import DoctorRequest
-from launch.doctor.trial import Trial
+from launch.doctor.trial import LEAST_S, Trial
 from launch.run_dir import RunDir
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
 
 _NAME = "all-reduce"
 _LONGEST_S = 6.0
+_NO_TIME = "no time was left for it; see --timeout-s"
 _ON_CPU: tuple[CollectiveBackend, ...] = ("shm", "gloo")
 _FIXES: dict[CollectiveBackend, str] = {
     "shm": "see whether seccomp or gVisor forbids memfd_create, or set parallel.all_reduce: gloo",
@@ -61,26 +62,30 @@ def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
 
 
 def _try_used(trial: Trial, request: DoctorRequest) -> Iterator[Finding]:
-    name, num_ranks = f"{_NAME} {trial.backend}", request.num_ranks
+    """Try all ranks, and then fewer: by the same processes, or by new ones if these have failed."""
+    name, fix, num_ranks = f"{_NAME} {trial.backend}", _FIXES[trial.backend], request.num_ranks
+    timeout_s = request.left_s(_LONGEST_S)
+    if timeout_s < LEAST_S:
+        yield skipped(name, _NO_TIME)
+        return
     smaller = range(2, num_ranks)
-    groups = trial.run([num_ranks, *smaller], request.left_s(_LONGEST_S))
+    groups = trial.run([num_ranks, *smaller], timeout_s)
     began_s = time.monotonic()
     _, problem = next(groups)
     seconds = time.monotonic() - began_s
     if problem:
         groups.close()
-        yield bad(name, problem, _FIXES[trial.backend])
+        yield silent(name, problem, fix) if seconds >= timeout_s else bad(name, problem, fix)
         groups = trial.run(smaller, request.left_s(_LONGEST_S))
     else:
         text = f"{num_ranks} ranks met and summed in {seconds:.1f} s"
         yield ok(name, text, world_size=num_ranks, seconds=round(seconds, 3))
     if smaller:
-        yield _smaller_groups(name, dict(groups), len(smaller), _FIXES[trial.backend])
+        yield _smaller_groups(f"{name}, fewer", dict(groups), len(smaller), fix)
 
 
 def _smaller_groups(name: str, problems: dict[int, str], num_sizes: int, fix: str) -> Finding:
     """Say how many of the groups with fewer ranks work."""
-    name = f"{name}, fewer"
     fine = [size for size, problem in problems.items() if not problem]
     failed = [problem for problem in problems.values() if problem]
     if failed:
@@ -88,14 +93,17 @@ def _smaller_groups(name: str, problems: dict[int, str], num_sizes: int, fix: st
         return warning(name, f"{failed[0]}{works}", fix)
     untried = f"; no time for {num_sizes - len(fine)} more sizes" if len(fine) < num_sizes else ""
     if not fine:
-        return skipped(name, "no time was left")
+        return skipped(name, _NO_TIME)
     return ok(name, f"groups of {', '.join(map(str, fine))} ranks sum as well{untried}", world_sizes=fine)
 
 
 def _try_other(trial: Trial, request: DoctorRequest) -> Finding:
     """Try a backend that the deployment does not use."""
     name = f"{_NAME} {trial.backend}"
-    (_, problem), *_ = trial.run([request.num_ranks], request.left_s(_LONGEST_S))
+    timeout_s = request.left_s(_LONGEST_S)
+    if timeout_s < LEAST_S:
+        return skipped(name, _NO_TIME)
+    (_, problem), *_ = trial.run([request.num_ranks], timeout_s)
     if problem:
         return warning(name, f"{problem}; this deployment does not need it", _FIXES[trial.backend])
     return ok(name, f"{request.num_ranks} ranks met and summed; this deployment does not need it")

@@ -24,7 +24,7 @@ from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_gro
 _NUM_ELEMENTS = 65536
 _MODULUS = 97
 # No group is judged that had less.
-_LEAST_S = 1.0
+LEAST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Trial:
         end_s = time.monotonic() + timeout_s
         with _ranks(self, sizes, end_s) as connections:
             for size in sizes:
-                if size != sizes[0] and end_s - time.monotonic() < _LEAST_S:
+                if size != sizes[0] and end_s - time.monotonic() < LEAST_S:
                     return
                 problem = _hear(connections[:size], end_s)
                 yield size, problem
@@ -74,7 +74,7 @@ class Trial:
         signal.pause()
 
     def _sum(self, rank: int, size: int, device: torch.device, end_s: float) -> str:
-        left_s = max(_LEAST_S, end_s - time.monotonic())
+        left_s = max(LEAST_S, end_s - time.monotonic())
         folder = self.folder / f"{self.backend}-{size}"
         folder.mkdir(exist_ok=True)
         group = make_group(self.backend, rank, size, device, str(folder), GroupDeadlines(left_s, left_s))

@@ -18,7 +18,7 @@ import pytest
 from launch.doctor.checkpoint import check_headers
 from launch.doctor.devices import check_devices
 from launch.doctor.disk import check_disk, find_mount
-from launch.doctor.finding import Verdict
+from launch.doctor.finding import Verdict, bad, silent
 from launch.doctor.host import check_host
 from launch.doctor.model import check_model
 from launch.doctor.network import check_other_hosts, check_server
@@ -221,8 +221,37 @@ def test_an_occupied_port_is_named_with_who_holds_it() -> None:
 
 def test_an_address_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TPRT_API_KEY", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
     row = run_check(check_server, request_for(server={"host": "0.0.0.0", "port": 0}))["server"]
     assert (row.verdict, row.fix.startswith("set $TPRT_API_KEY")) == (Verdict.BAD, True)
+
+
+def test_an_occupied_rendezvous_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    request = request_for(server={"port": 0})
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        row = run_check(check_server, request)["rendezvous"]
+    assert (row.verdict, f"(pid {os.getpid()})" in row.found) == (Verdict.BAD, True)
+    assert "$MASTER_PORT" in row.fix
+    assert run_check(check_server, request)["rendezvous"].verdict is Verdict.OK
+    # of the range that is kept for examples (RFC 5737)
+    monkeypatch.setenv("MASTER_ADDR", "203.0.113.7")
+    assert "is no address of this host" in run_check(check_server, request)["rendezvous"].found
+
+
+def test_no_answer_is_a_warning_on_a_busy_machine_and_bad_on_an_idle_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (7.5, 0.0, 0.0))
+    assert silent("disk", "gave no answer", "fix it") == bad("disk", "gave no answer", "fix it")
+    monkeypatch.setattr("os.getloadavg", lambda: (8.5, 0.0, 0.0))
+    row = silent("disk", "gave no answer", "fix it")
+    assert (row.verdict, row.found) == (
+        Verdict.WARNING,
+        "gave no answer, on a busy machine (load 8.5 on 4 CPUs)",
+    )
 
 
 def test_other_hosts_are_reached_or_named() -> None:
