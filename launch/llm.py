@@ -43,12 +43,16 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class GenerationOutput:
-    """A prompt with its outputs, of which there is one."""
+    """A prompt with its outputs, of which there is one.
+
+    `prompt_logprobs`, where they were asked for, has an entry for each token of the prompt; the first is None.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int
+    prompt_logprobs: list[TokenLogprobs | None] | None
 
 
 class LLM:
@@ -231,4 +235,11 @@ def _output(prompt: str | None, completion: Completion) -> GenerationOutput:
         finish_reason=completion.finish_reason,
         logprobs=completion.logprobs if completion.sampling.logprobs is not None else None,
     )
-    return GenerationOutput(prompt, completion.prompt_token_ids, [output], completion.num_cached_tokens)
+    wants_prompt = completion.sampling.prompt_logprobs is not None
+    return GenerationOutput(
+        prompt=prompt,
+        prompt_token_ids=completion.prompt_token_ids,
+        outputs=[output],
+        num_cached_tokens=completion.num_cached_tokens,
+        prompt_logprobs=[None, *completion.prompt_logprobs] if wants_prompt else None,
+    )

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import LLM, SamplingParams
-from tests.support.checkpoints import TinyModel, reference_tokens, save_tiny
+from tests.support.checkpoints import TinyModel, reference_logits, reference_tokens, save_tiny
 from tprt.errors import EngineDeadError, InvalidRequestError
 
 CONFIG = "configs/smollm2-135m-tp2-cpu.yaml"
@@ -121,15 +121,18 @@ class TestOneDeployment:
         assert ignored.token_ids[: len(stopped.token_ids)] == stopped.token_ids
 
     def test_logprobs_are_those_of_the_model(self, llm: LLM) -> None:
-        output = llm.generate("The sky is", SamplingParams(temperature=0.0, max_tokens=3, logprobs=2))[0]
+        sampling = SamplingParams(temperature=0.0, max_tokens=3, logprobs=2, prompt_logprobs=2)
+        output = llm.generate("The sky is blue because", sampling)[0]
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        tokens = output.prompt_token_ids + output.outputs[0].token_ids
-        with torch.no_grad():
-            reference = (
-                model(torch.tensor([tokens])).logits[0].log_softmax(-1)[len(output.prompt_token_ids) - 1 : -1]
-            )
+        reference = reference_logits(model, output.prompt_token_ids + output.outputs[0].token_ids)
         assert output.outputs[0].logprobs is not None
-        for row, found in zip(reference, output.outputs[0].logprobs, strict=True):
+        assert output.prompt_logprobs is not None
+        nothing, *prompt = output.prompt_logprobs
+        assert nothing is None
+        assert [found.token_id for found in prompt if found] == output.prompt_token_ids[1:]
+        rows = reference.log_softmax(-1)[:-1]
+        for row, found in zip(rows, [*prompt, *output.outputs[0].logprobs], strict=True):
+            assert found is not None
             best = row.topk(2)
             assert [token for token, _ in found.top] == best.indices.tolist()
             assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-3)

@@ -21,7 +21,7 @@ from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult
 from tprt.coordinator.scheduler import Scheduler
 from tprt.distributed.local import make_local_groups
-from tprt.messages import AddRequest, SamplingParams, StepInput, StepOutput
+from tprt.messages import AddRequest, PromptLogprobs, SamplingParams, StepInput, StepOutput
 from tprt.worker.model_runner import ModelRunner
 from tprt.worker.output_transfer import PendingOutput
 
@@ -68,6 +68,7 @@ class _Launched:
         outputs = [output.wait() for output in self.outputs]
         for output in outputs[1:]:
             assert output.token_ids.tolist() == outputs[0].token_ids.tolist(), "ranks chose different tokens"
+            assert output.prompt_logprobs.tolist() == outputs[0].prompt_logprobs.tolist(), "ranks differ"
         return outputs[0]
 
 
@@ -108,6 +109,7 @@ class LocalEngine:
         self.steps: list[StepInput] = []
         self.logits: dict[int, list[Tensor]] = {}
         self.num_cached_tokens: dict[int, int] = {}
+        self.prompt_logprobs: dict[int, list[PromptLogprobs]] = {}
         self.num_ahead = 0
         self._in_flight: deque[_Launched] = deque()
         self._key_of_slot: dict[int, int] = {}
@@ -115,14 +117,20 @@ class LocalEngine:
     def generate(
         self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
     ) -> list[list[int]]:
-        """Return the tokens of each prompt; `logits[i]` then has the model's rows at those places."""
+        """Return the tokens of each prompt; `logits[i]` then has the model's rows at those places.
+
+        `prompt_logprobs[i]` has what steps have found of the prompt.
+        """
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         tokens: dict[int, list[int]] = {key: [] for key in range(len(prompts))}
         self.logits = {key: [] for key in tokens}
+        self.prompt_logprobs = {key: [] for key in tokens}
         for key, (prompt, wanted) in enumerate(zip(prompts, samplings, strict=True)):
             self.scheduler.add(key, AddRequest(key, np.array(prompt, np.int32), wanted))
         while (launched := self._next_step()) is not None:
             result = self.scheduler.update(launched.wait())
+            for key, news in result.prompt_logprobs:
+                self.prompt_logprobs[key].append(news)
             rows = self._rows_of(launched.step, result)
             for number, (row, key) in enumerate(zip(rows, result.keys.tolist(), strict=True)):
                 tokens[key].append(int(result.token_ids[number]))

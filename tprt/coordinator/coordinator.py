@@ -150,6 +150,9 @@ class Coordinator:
         scheduler.counters.step_ended(len(result.token_ids), time.monotonic_ns())
         if self._replacement.step_finished(result.keys.tolist):
             scheduler.isolate(self._replacement.to_isolate())
+        for key, news in result.prompt_logprobs:
+            assert isinstance(key, RequestKey)
+            self._send(key.client_id, news)
         for client_id, output in split_by_client(result):
             self._send(client_id, output)
         return True

@@ -99,9 +99,15 @@ class KVAllocation:
         assert (self._blocks.reference_counts == counts).all(), "reference counts differ from the tables"
 
     def _find_blocks(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Return the cached blocks of a sequence, and how many more it needs."""
+        """Return the cached blocks of a sequence, and how many more it needs.
+
+        What is to be scored must be computed, in whatever blocks it has been before.
+        """
         tokens, size = sequence.token_ids, self._block_size
-        cached = self._blocks.find_cached(sequence.hash_blocks(tokens, 0, (len(tokens) - 1) // size, size))
+        num_cacheable = len(tokens) - 1
+        if to_score := sequence.positions_to_score:
+            num_cacheable = to_score.start
+        cached = self._blocks.find_cached(sequence.hash_blocks(tokens, 0, num_cacheable // size, size))
         return cached, -(-len(tokens) // size) - len(cached)
 
     def _register_row(self, slot: int, first: int, end: int) -> None:

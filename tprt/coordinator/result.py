@@ -5,12 +5,14 @@ Knows nothing of clients: keys are whatever the caller named its requests.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tprt.coordinator.prompt_scoring import take_prompt_logprobs
 from tprt.coordinator.sequence import SequenceTable, Slots
 from tprt.coordinator.step import StepInFlight
 from tprt.messages import (
@@ -19,6 +21,7 @@ from tprt.messages import (
     Float32Array,
     Int32Array,
     Int64Array,
+    PromptLogprobs,
     StepOutput,
     UInt8Array,
 )
@@ -34,6 +37,7 @@ class StepResult:
         keys: `[n]` object array, the keys of `Scheduler.add`.
         request_ids, token_ids, finish_reasons, num_cached_tokens, queue_s, logprobs, top_token_ids,
             top_logprobs, num_top: as in `RequestOutput`.
+        prompt_logprobs: what is new of prompts, by key, also of those that got no token.
     """
 
     keys: NDArray[Any]
@@ -46,9 +50,10 @@ class StepResult:
     top_token_ids: Int32Array
     top_logprobs: Float32Array
     num_top: int
+    prompt_logprobs: tuple[tuple[Hashable, PromptLogprobs], ...] = ()
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> StepResult:
-        """Return the chosen rows of every column."""
+        """Return the chosen rows of every column, and all that is new of prompts."""
         return StepResult(
             keys=self.keys[rows],
             request_ids=self.request_ids[rows],
@@ -60,6 +65,7 @@ class StepResult:
             top_token_ids=self._select_top(self.top_token_ids, rows),
             top_logprobs=self._select_top(self.top_logprobs, rows),
             num_top=self.num_top,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _select_top(self, column: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:
@@ -81,9 +87,13 @@ def find_finish_reasons(table: SequenceTable, step: StepInFlight, token_ids: Int
 
 
 def make_result(
-    table: SequenceTable, slots: Slots, output: StepOutput, finish_reasons: UInt8Array
+    table: SequenceTable, step: StepInFlight, output: StepOutput, finish_reasons: UInt8Array
 ) -> StepResult:
-    """Return the news of a step that sampled `slots` `[n]`, without sequences that had ended before it did."""
+    """Return the news of a step, without sequences that had ended before it did.
+
+    Log-probabilities of prompts that are in it count as sent from now on.
+    """
+    slots, scored = step.sampled_slots, step.scored_slots
     result = StepResult(
         keys=table.keys[slots],
         request_ids=table.request_ids[slots],
@@ -95,6 +105,7 @@ def make_result(
         top_token_ids=output.top_token_ids,
         top_logprobs=output.top_logprobs,
         num_top=output.num_top,
+        prompt_logprobs=take_prompt_logprobs(table, scored, output) if len(scored) else (),
     )
     ended = table.ended[slots]
     return result.select(~ended) if ended.any() else result

@@ -24,12 +24,11 @@ from tprt.coordinator.intake import Intake
 from tprt.coordinator.kv_allocation import KVAllocation
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult, find_finish_reasons, make_result
-from tprt.coordinator.sequence import Sequence, SequenceTable, Slots, draw_random_seed
+from tprt.coordinator.sequence import NO_SLOTS, Sequence, SequenceTable, Slots, draw_random_seed
 from tprt.coordinator.step import Batch, StepInFlight, advance, build_step_input, make_batch, share_budget
 from tprt.errors import InvalidRequestError
 from tprt.messages import AddRequest, FinishReason, StepInput, StepOutput
 
-_NO_SLOTS: Slots = np.empty(0, np.intp)
 # As numpy's own type: a comparison with the enum takes three times as long.
 _NOT_FINISHED = np.uint8(FinishReason.NONE)
 
@@ -66,7 +65,7 @@ class Scheduler:
         self._table = SequenceTable(self._limits, self._eos_token_ids)
         self._kv = KVAllocation(self._table, self._limits, self.counters)
         # Slots in the order in which their sequences were admitted.
-        self._running = _NO_SLOTS
+        self._running = NO_SLOTS
         self._in_flight: deque[StepInFlight] = deque()
 
     @property
@@ -187,7 +186,7 @@ class Scheduler:
         table.token_ids[step.sampled_slots, step.sampled_positions] = output.token_ids
         self._kv.register_computed(step)
         reasons = find_finish_reasons(table, step, output.token_ids)
-        result = make_result(table, step.sampled_slots, output, reasons)
+        result = make_result(table, step, output, reasons)
         self._end(step.sampled_slots[reasons != _NOT_FINISHED])
         self._release_ended(step.slots)
         return result

@@ -20,10 +20,12 @@ from tprt.coordinator.logit_adjuster import LogitAdjuster
 from tprt.messages import Int32Array, SamplingParams
 
 Slots = NDArray[np.intp]
+NO_SLOTS: Slots = np.empty(0, np.intp)
 # Stands for a token that the worker has sampled, or is about to, and that has not come back yet.
 PENDING_TOKEN = -1
 _NO_TOKEN = -1
 _UNKNOWN = -1
+_NO_POSITIONS = range(0)
 # Rows of block tables are copied as wide as the longest, unless that is this many times what they hold.
 _MAX_PADDING = 2
 
@@ -45,6 +47,8 @@ class Sequence:
         queue_s: how long it waited before it first ran; -1 before that.
         block_hashes: hashes of its leading full blocks, as far as they were needed.
         adjuster: what is done to its logits; None when nothing is.
+        num_scored: leading positions of the prompt that need not be scored again: the log-probability of the
+            token after each has been sent to the client.
     """
 
     key: Hashable
@@ -59,6 +63,14 @@ class Sequence:
     queue_s: float = _UNKNOWN
     block_hashes: list[bytes] = field(default_factory=list)
     adjuster: LogitAdjuster | None = None
+    num_scored: int = 0
+
+    @property
+    def positions_to_score(self) -> range:
+        """Positions of the prompt that must be computed, for the log-probability of the token after each."""
+        if self.sampling.prompt_logprobs is None:
+            return _NO_POSITIONS
+        return range(self.num_scored, self.prompt_len - 1)
 
     def hash_blocks(self, token_ids: Int32Array, start: int, end: int, block_size: int) -> Iterator[bytes]:
         """Yield the hashes of blocks `start ... end - 1`, which `token_ids` must fill.
@@ -97,6 +109,8 @@ class SequenceTable:
         is_adjusted: `[N]` something is done to the logits of each.
         needs_newest: `[N]` its next step needs its newest token here, not only on the ranks.
         num_adjusted: rows of which something is done to the logits: mostly none, which is soon known.
+        is_scored: `[N]` log-probabilities of prompt tokens of each are still to be sent.
+        num_scored: rows of which that is so; mostly none.
     """
 
     def __init__(self, limits: SchedulerLimits, eos_token_ids: tuple[int, ...]) -> None:
@@ -121,6 +135,8 @@ class SequenceTable:
         self.queue_s = np.zeros(n, np.float32)
         self.is_adjusted, self.needs_newest = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
         self.num_adjusted = 0
+        self.is_scored = np.zeros(n, np.bool_)
+        self.num_scored = 0
 
     @property
     def num_free_slots(self) -> int:
@@ -156,6 +172,7 @@ class SequenceTable:
         sequence.token_ids = self.known_tokens(slot).copy()
         sequence.slot = -1
         self.num_adjusted -= bool(self.is_adjusted[slot])
+        self.num_scored -= bool(self.is_scored[slot])
         self.sequences[slot], self.keys[slot] = None, None
         self._free_slots.append(slot)
         return sequence
@@ -165,6 +182,14 @@ class SequenceTable:
         sequence = self.sequences[slot]
         assert sequence is not None, f"slot {slot} is empty"
         return sequence
+
+    def note_scored(self, slot: int, count: int) -> None:
+        """Take note of log-probabilities that are sent for the next `count` prompt tokens of a row."""
+        sequence = self.sequence(slot)
+        sequence.num_scored += count
+        if not sequence.positions_to_score:
+            self.is_scored[slot] = False
+            self.num_scored -= 1
 
     def lacking(self, slots: Slots) -> Int32Array:
         """Return the tokens `[S]` of each row that have not been computed."""
@@ -209,6 +234,8 @@ class SequenceTable:
         self.is_adjusted[slot] = adjuster is not None
         self.needs_newest[slot] = adjuster is not None and adjuster.needs_newest
         self.num_adjusted += adjuster is not None
+        self.is_scored[slot] = bool(sequence.positions_to_score)
+        self.num_scored += bool(sequence.positions_to_score)
         stop_ids = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids))
         if len(stop_ids) > self.stop_ids.shape[1]:
             wider = len(stop_ids) - self.stop_ids.shape[1]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tprt.coordinator.adjustment_columns import gather_adjustments
-from tprt.coordinator.sequence import PENDING_TOKEN, SequenceTable, Slots
+from tprt.coordinator.prompt_scoring import find_scored_slots, gather_prompt_rows
+from tprt.coordinator.sequence import NO_SLOTS, PENDING_TOKEN, SequenceTable, Slots
 from tprt.messages import Int32Array, StepInput
 
 
@@ -37,6 +38,7 @@ class StepInFlight:
         step: its sequence number.
         slots, context_lens: `[S]` its rows and their KV tokens after it.
         sampled_slots, sampled_positions: `[n]` where its tokens go.
+        scored_slots: `[R]` whose prompt rows it has.
     """
 
     step: int
@@ -44,6 +46,7 @@ class StepInFlight:
     context_lens: Int32Array
     sampled_slots: Slots
     sampled_positions: Int32Array
+    scored_slots: Slots
 
 
 def make_batch(table: SequenceTable, slots: Slots, query_lens: Int32Array) -> Batch:
@@ -78,6 +81,7 @@ def build_step_input(table: SequenceTable, batch: Batch, block_size: int, epoch:
         seeds=table.seeds[slots],
         num_logprobs=table.num_logprobs[slots],
         **(gather_adjustments(table, slots, context_lens) if table.num_adjusted else {}),
+        **(gather_prompt_rows(table, slots, batch.query_lens, context_lens) if table.num_scored else {}),
     )
 
 
@@ -89,7 +93,8 @@ def advance(table: SequenceTable, slots: Slots, step: StepInput) -> StepInFlight
     table.token_ids[sampled, positions] = PENDING_TOKEN
     table.num_tokens[sampled] += 1
     table.in_flight[slots] += 1
-    return StepInFlight(step.step, slots, step.context_lens, sampled, positions)
+    scored = find_scored_slots(slots, step) if len(step.prompt_rows) else NO_SLOTS
+    return StepInFlight(step.step, slots, step.context_lens, sampled, positions, scored)
 
 
 def _gather_token_ids(table: SequenceTable, batch: Batch, context_lens: Int32Array) -> Int32Array:

@@ -18,6 +18,7 @@ from tprt.messages.requests import (
     FinishReason,
     GetStats,
     Hello,
+    PromptLogprobs,
     RequestFailed,
     RequestOutput,
     Shutdown,
@@ -43,6 +44,7 @@ Message = (
     | StepInput
     | StepOutput
     | RequestOutput
+    | PromptLogprobs
     | RequestFailed
     | EngineFailed
     | EngineReady
@@ -76,6 +78,7 @@ __all__ = [
     "Int32Array",
     "Int64Array",
     "Message",
+    "PromptLogprobs",
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",

@@ -78,6 +78,26 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Coordinator to client: what a step has found of the next `m` tokens of one request's prompt.
+
+    The first token of a prompt has none. All come once, in order, and before the first token of the output.
+
+    Attributes:
+        request_id: the client's id.
+        logprobs: `[m]` log-probabilities of those tokens.
+        top_token_ids, top_logprobs: `[m * num_top]` most likely tokens in their places, best first.
+        num_top: as many as the request wants.
+    """
+
+    request_id: int
+    logprobs: Float32Array
+    top_token_ids: Int32Array
+    top_logprobs: Float32Array
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class GetStats:
     """Client to coordinator: answer with `EngineStats`."""
 

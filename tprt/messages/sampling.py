@@ -52,6 +52,8 @@ class SamplingParams:
         stop: strings that end the output; they are not part of it.
         stop_token_ids: further token ids that end the output.
         logprobs: number of most likely tokens to report with each token, besides the chosen one; None: none.
+        prompt_logprobs: the same for the tokens of the prompt, all but the first. What is reported is computed:
+            the prefix cache is no help to it.
         presence_penalty, frequency_penalty: taken off the logit of each token of the output, once and for each
             time it is there (OpenAI's definition).
         repetition_penalty: divides the positive and multiplies the negative logits of the tokens of prompt and
@@ -74,6 +76,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -88,8 +91,9 @@ class SamplingParams:
         self._check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "from 0 to 1")
         self._check("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
         self._check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1")
-        logprobs_ok = self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS
-        self._check("logprobs", self.logprobs, logprobs_ok, f"from 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            self._check(name, count, count is None or 0 <= count <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             self._check(name, value, -2.0 <= value <= 2.0, "from -2 to 2")

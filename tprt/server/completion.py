@@ -24,7 +24,7 @@ FINISH_NAMES: dict[FinishReason, FinishName] = {
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The log-probability of a chosen token, and those of the most likely ones, best first."""
+    """The log-probability of a token that is there, and those of the most likely ones, best first."""
 
     token_id: int
     logprob: float
@@ -44,6 +44,8 @@ class Completion:
         num_cached_tokens: prompt tokens that came from the prefix cache.
         queue_s: how long it waited in the engine before it first ran; None before its first token.
         logprobs: one entry per token when asked for.
+        prompt_logprobs: one entry for each token of the prompt but the first, when asked for; all come before
+            the first token.
         error: why it was refused, if it was.
     """
 
@@ -55,6 +57,7 @@ class Completion:
     num_cached_tokens: int = 0
     queue_s: float | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
     _stream: TextStream | None = None
     _stops: StopStrings | None = None

@@ -30,9 +30,20 @@ def add(scheduler: Scheduler, key: str, prompt: int | list[int], **sampling: obj
 
 
 def answer(scheduler: Scheduler, step: StepInput, token_id: int = 50) -> StepResult:
-    """Bring back `token_id` for every sampled sequence."""
-    n = int(step.samples.sum())
-    result = scheduler.update(StepOutput(step.epoch, step.step, np.full(n, token_id, np.int32)))
+    """Bring back `token_id` for every sampled sequence, and for each prompt token to score minus its id."""
+    tokens = np.full(int(step.samples.sum()), token_id, np.int32)
+    num_top, scores = step.num_prompt_top, -step.prompt_row_targets.astype(np.float32)
+    best = np.tile(np.arange(num_top, dtype=np.int32), len(scores))
+    output = StepOutput(
+        epoch=step.epoch,
+        step=step.step,
+        token_ids=tokens,
+        prompt_logprobs=scores,
+        prompt_top_token_ids=best,
+        prompt_top_logprobs=-best.astype(np.float32),
+        num_prompt_top=num_top,
+    )
+    result = scheduler.update(output)
     scheduler.check()
     return result
 

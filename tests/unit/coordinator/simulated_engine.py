@@ -46,6 +46,23 @@ def next_token(values: np.ndarray, seed: int) -> int:
     return int(logits_of(values, seed).argmax())
 
 
+def score_of(value: int, token_id: int) -> float:
+    """Stand in for the log-probability of the token after the one with this KV."""
+    return -float(kv_value(value, token_id, -1) % 2**20)
+
+
+def expected_scores(request: AddRequest) -> list[float]:
+    """Score all tokens of a prompt but the first where that is wanted."""
+    if request.sampling.prompt_logprobs is None:
+        return []
+    value, scores = 0, []
+    prompt = request.prompt_token_ids.tolist()
+    for position, (token_id, following) in enumerate(itertools.pairwise(prompt)):
+        value = kv_value(value, token_id, position)
+        scores.append(score_of(value, following))
+    return scores
+
+
 def adjusted(
     logits: np.ndarray, request: AddRequest, output: list[int], matcher: LLMatcher | None
 ) -> np.ndarray:
@@ -120,17 +137,28 @@ class SimulatedWorker:
         tokens = np.split(step.token_ids, np.cumsum(step.query_lens)[:-1])
         num_blocks = -(-step.context_lens // self._limits.block_size)
         tables = np.split(step.block_ids, np.cumsum(num_blocks)[:-1])
-        logits = []
+        logits, values = [], []
         for row, (row_tokens, table) in enumerate(zip(tokens, tables, strict=True)):
             context_len, slot = int(step.context_lens[row]), int(step.seq_slots[row])
             slots = self._slot_mapping(table, context_len)
             known = [token if token >= 0 else self._last_tokens[slot] for token in row_tokens.tolist()]
             self._write(slots, known, context_len)
+            values += self._values[slots][-len(known) :].tolist()
             if step.samples[row]:
                 logits.append(logits_of(self._values[slots], int(step.seeds[row])))
         sampled = self._sample(step, np.array(logits).reshape(-1, VOCAB_SIZE))
         self._last_tokens.update(zip(step.seq_slots[step.samples == 1].tolist(), sampled, strict=True))
-        return StepOutput(step.epoch, step.step, np.array(sampled, np.int32))
+        targets = step.prompt_row_targets.tolist()
+        scored = zip(step.prompt_rows.tolist(), targets, strict=True)
+        return StepOutput(
+            epoch=step.epoch,
+            step=step.step,
+            token_ids=np.array(sampled, np.int32),
+            prompt_logprobs=np.array([score_of(values[row], target) for row, target in scored], np.float32),
+            prompt_top_token_ids=np.repeat(step.prompt_row_targets, step.num_prompt_top),
+            prompt_top_logprobs=np.zeros(len(targets) * step.num_prompt_top, np.float32),
+            num_prompt_top=step.num_prompt_top,
+        )
 
     def _sample(self, step: StepInput, logits: np.ndarray) -> list[int]:
         """Do what a rank does to logits `[n, V]`, from the step alone."""
@@ -167,6 +195,8 @@ class SimulatedWorker:
         is_decode = (step.query_lens == 1) & (step.samples == 1)
         assert is_decode[: step.num_decodes].all()
         assert not is_decode[step.num_decodes :].any()
+        assert (np.diff(step.prompt_rows) > 0).all()
+        assert step.num_decodes <= step.prompt_rows.min(initial=step.num_decodes)
         self._check_writes_are_private(step)
 
     def _check_writes_are_private(self, step: StepInput) -> None:
@@ -187,6 +217,7 @@ class Tracked:
 
     request: AddRequest
     token_ids: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     reason: FinishReason = FinishReason.NONE
     aborted: bool = False
 
@@ -234,6 +265,7 @@ class Engine:
         assert self.output is not None
         result = self.scheduler.update(self.output)
         self.output, self.ahead = self.ahead, None
+        self._take_scores(result)
         rows = zip(result.keys.tolist(), result.token_ids.tolist(), result.finish_reasons.tolist(), strict=True)
         for row, (key, token_id, reason) in enumerate(rows):
             tracked = self.requests[key]
@@ -244,6 +276,19 @@ class Engine:
             tracked.token_ids.append(token_id)
             tracked.reason = FinishReason(reason)
         return result
+
+    def _take_scores(self, result: StepResult) -> None:
+        for key, news in result.prompt_logprobs:
+            tracked = self.requests[key]
+            wanted = tracked.request.sampling.prompt_logprobs
+            assert not tracked.aborted, "an aborted request got log-probabilities"
+            assert not tracked.token_ids, "log-probabilities of a prompt came after a token of its output"
+            assert news.request_id == tracked.request.request_id
+            assert (news.num_top, len(news.top_logprobs)) == (wanted, wanted * len(news.logprobs))
+            first = len(tracked.scores) + 1
+            targets = tracked.request.prompt_token_ids[first : first + len(news.logprobs)]
+            assert news.top_token_ids.tolist() == np.repeat(targets, wanted).tolist()
+            tracked.scores += news.logprobs.tolist()
 
     def replace_worker(self) -> None:
         self.epoch += 1
@@ -264,6 +309,8 @@ class Engine:
         assert self.scheduler.num_free_blocks == self.limits.num_blocks
         for tracked in self.requests.values():
             tokens, reason = expected_output(tracked.request, self.limits)
+            scores = expected_scores(tracked.request)
+            assert tracked.scores == (scores[: len(tracked.scores)] if tracked.aborted else scores)
             if tracked.aborted:
                 assert tracked.token_ids == tokens[: len(tracked.token_ids)]
             else:

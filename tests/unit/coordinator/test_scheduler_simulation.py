@@ -31,6 +31,7 @@ plain = {
     "seed": st.sampled_from([None, 1, 2]),
     "ignore_eos": st.booleans(),
     "stop_token_ids": st.sampled_from([(), (), (3,), (2, 4, 5)]),
+    "prompt_logprobs": st.sampled_from([None, None, 0, 2]),
 }
 grammars = st.sampled_from(["(ab|cd){1,4}e", "[a-l]*k", "abc", "[a-d]{3,20}"])
 adjusting = {
@@ -147,7 +148,11 @@ def _crowd(limits: SchedulerLimits) -> Engine:
         else:
             prompt = STREAMS[int(rng.integers(3))][: int(rng.integers(1, 30))]
         prompt = [*prompt, *rng.integers(0, VOCAB_SIZE, int(rng.integers(4))).tolist()]
-        sampling = SamplingParams(max_tokens=int(rng.integers(1, 25)), seed=int(rng.integers(3)))
+        sampling = SamplingParams(
+            max_tokens=int(rng.integers(1, 25)),
+            seed=int(rng.integers(3)),
+            prompt_logprobs=[None, None, None, 1][int(rng.integers(4))],
+        )
         engine.add(prompt, sampling)
         for _ in range(int(rng.integers(3))):
             if engine.output is not None or engine.schedule() is not None:

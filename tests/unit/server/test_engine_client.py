@@ -19,6 +19,7 @@ from tprt.messages import (
     GetStats,
     Hello,
     Message,
+    PromptLogprobs,
     RequestFailed,
     RequestOutput,
     SamplingParams,
@@ -114,6 +115,26 @@ def test_logprobs_are_cut_to_what_each_request_asked_for(client: EngineClient, l
     client.poll(0.0)
     assert none.logprobs == []
     assert [(entry.token_id, entry.logprob, entry.top) for entry in one.logprobs] == [(5, -2.0, ((5, -2.0),))]
+
+
+def test_what_comes_of_a_prompt_in_parts_is_put_together(client: EngineClient, lane: Lane) -> None:
+    wants_one, one = client.add([1, 2, 3, 4], SamplingParams(prompt_logprobs=1))
+    wants_none, none = client.add([5, 6], SamplingParams(prompt_logprobs=0))
+    for request_id, logprobs, best, values in (
+        (wants_one, [-1, -2], [7, 3], [-0.5, -2]),
+        (wants_none, [-4], [], []),
+        (wants_one, [-3], [8], [-0.25]),
+        (99, [-9], [9], [-9]),
+    ):
+        arrays = np.array(logprobs, np.float32), np.array(best, np.int32), np.array(values, np.float32)
+        lane.bring(PromptLogprobs(request_id, *arrays, num_top=len(best) // len(logprobs)))
+    client.poll(0.0)
+    assert [(entry.token_id, entry.logprob, entry.top) for entry in one.prompt_logprobs] == [
+        (2, -1.0, ((7, -0.5),)),
+        (3, -2.0, ((3, -2.0),)),
+        (4, -3.0, ((8, -0.25),)),
+    ]
+    assert [(entry.token_id, entry.logprob, entry.top) for entry in none.prompt_logprobs] == [(6, -4.0, ())]
 
 
 def test_a_refused_request_ends_with_the_reason_and_leaves_the_others(client: EngineClient, lane: Lane) -> None:

@@ -61,7 +61,7 @@ SAMPLING = st.builds(
     grammar=st.none() | GRAMMARS,
 )
 # The scalars of sampling parameters as they are on the wire.
-PLAIN = (1.0, 0, 1.0, 0.0, None, 1, False, (), (), None, 0.0, 0.0, 1.0, (), 0, None)
+PLAIN = (1.0, 0, 1.0, 0.0, None, 1, False, (), (), None, None, 0.0, 0.0, 1.0, (), 0, None)
 # Lone surrogates stand for the bytes of a file name that are not UTF-8.
 TEXT = st.text(st.characters(codec=None), max_size=50)
 
@@ -258,9 +258,9 @@ def test_a_forged_message_that_is_right_is_taken() -> None:
         (forge("AddRequest", "i4", [1, {}], [0]), "AddRequest.sampling is {}; expected SamplingParams"),
         (
             forge("AddRequest", "i4", [1, [1.0]], [0]),
-            "SamplingParams has 1 scalar fields; expected 16: temperature, ",
+            "SamplingParams has 1 scalar fields; expected 17: temperature, ",
         ),
-        (forge("AddRequest", "i4", [1, [1.0] * 16], [0]), "SamplingParams.top_k is 1.0; expected int"),
+        (forge("AddRequest", "i4", [1, [1.0] * 17], [0]), "SamplingParams.top_k is 1.0; expected int"),
         (forge_request([3], 0, None), "SamplingParams.logit_bias is (3,); expected"),
         (forge_request([[3]], 0, None), "SamplingParams.logit_bias is ((3,),); expected"),
         (forge_request([[3, 1.0, 2.0]], 0, None), "SamplingParams.logit_bias is ((3, 1.0, 2.0),); expected"),

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from tests.support.checkpoints import TinyModel, reference_logits, save_tiny
 from tests.support.local_engine import LocalEngine, make_config
-from tprt.messages import StepInput
+from tprt.coordinator.kv_allocation import KVAllocation
+from tprt.coordinator.sequence import Sequence
+from tprt.messages import SamplingParams, StepInput
 
 PROMPT = [5 + index * 7 % 190 for index in range(30)]
 OTHER = [42, 43, 44]
@@ -86,3 +88,75 @@ def test_a_step_of_nothing_but_a_chunk_brings_its_rows(saved: tuple[Path, PreTra
     assert len(output.prompt_logprobs) == 2
     assert (output.prompt_logprobs < 0).all()
     assert len(output.prompt_top_token_ids) == len(output.prompt_top_logprobs) == output.num_prompt_top == 0
+
+
+SCORED = SamplingParams(temperature=0.0, max_tokens=6, prompt_logprobs=3, ignore_eos=True)
+PLAIN = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+SEEDED = dataclasses.replace(PLAIN, temperature=0.9, seed=17, logprobs=1)
+PROMPTS = [PROMPT, OTHER, PROMPT[:21], [9, 8], [7] * 5, [11]]
+MIX = [SCORED, PLAIN, dataclasses.replace(SCORED, prompt_logprobs=0, logprobs=2), SEEDED, PLAIN, SCORED]
+
+
+def assert_scored(
+    engine: LocalEngine,
+    model: PreTrainedModel,
+    prompts: list[list[int]] = PROMPTS,
+    samplings: list[SamplingParams] = MIX,
+) -> None:
+    """Compare what was found of each prompt with transformers."""
+    for key, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+        news, num_top = engine.prompt_logprobs[key], sampling.prompt_logprobs
+        if num_top is None or len(prompt) == 1:
+            assert news == []
+            continue
+        expected = reference_logits(model, prompt)[:-1].log_softmax(dim=-1)
+        chosen = expected.gather(1, torch.tensor(prompt[1:]).unsqueeze(1)).squeeze(1)
+        found = torch.from_numpy(np.concatenate([part.logprobs for part in news]))
+        torch.testing.assert_close(found, chosen, atol=1e-4, rtol=0)
+        best = torch.from_numpy(np.concatenate([part.top_logprobs for part in news]))
+        torch.testing.assert_close(best, expected.topk(num_top).values.ravel(), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(saved: tuple[Path, PreTrainedModel]) -> list[list[int]]:
+    """Return the tokens of the same requests where nobody wants anything of a prompt."""
+    with LocalEngine(make_config(saved[0])) as engine:
+        return engine.generate(PROMPTS, [dataclasses.replace(each, prompt_logprobs=None) for each in MIX])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_any_number_of_ranks_scores_as_transformers_does_and_samples_the_same_tokens(
+    saved: tuple[Path, PreTrainedModel], plain_tokens: list[list[int]], world_size: int
+) -> None:
+    with LocalEngine(make_config(saved[0], world_size)) as engine:
+        assert engine.generate(PROMPTS, MIX) == plain_tokens
+        assert_scored(engine, saved[1])
+        # All of it is in the prefix cache now, where only those that are not scored may take it from.
+        assert engine.generate(PROMPTS, MIX) == plain_tokens
+        assert_scored(engine, saved[1])
+        assert engine.num_cached_tokens == {0: 0, 1: 0, 2: 0, 3: 0, 4: 4, 5: 0}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_prompt_in_chunks_that_is_preempted_between_them_loses_and_repeats_nothing(
+    saved: tuple[Path, PreTrainedModel], world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preempted_at = []
+    release = KVAllocation.release
+
+    def note(self: KVAllocation, slot: int) -> Sequence:
+        sequence = release(self, slot)
+        preempted_at.append(sequence.num_scored)
+        return sequence
+
+    # Outputs that grow beside the chunks of the last prompt until there are no blocks for it.
+    prompts, samplings = [*PROMPTS[1:], PROMPT], [*[PLAIN] * 5, SCORED]
+    with LocalEngine(make_config(saved[0])) as engine:
+        plain = [dataclasses.replace(each, prompt_logprobs=None) for each in samplings]
+        expected = engine.generate(prompts, plain)
+    monkeypatch.setattr(KVAllocation, "release", note)
+    config = make_config(saved[0], world_size, num_blocks=48, block_size=2, max_num_batched_tokens=8)
+    with LocalEngine(config) as engine:
+        assert engine.generate(prompts, samplings) == expected
+        assert_scored(engine, saved[1], prompts, samplings)
+    assert max(count for count in preempted_at if count < len(PROMPT) - 1) > 0
