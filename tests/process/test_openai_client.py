@@ -73,17 +73,19 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def offline(model_folder: Path) -> dict[str, str]:
-    """What `LLM` generates greedily, 12 tokens each, for the prompt and for the messages."""
+def offline(model_folder: Path) -> dict[str, Any]:
+    """What `LLM` generates greedily for prompt and messages, 12 tokens each, and how it scores the prompt."""
     with LLM(CONFIG, [f"model.path={model_folder}"]) as llm:
-        sampling = SamplingParams(temperature=0.0, max_tokens=12)
+        sampling = SamplingParams(temperature=0.0, max_tokens=12, prompt_logprobs=1)
         (completion,) = llm.generate(PROMPT, sampling, use_tqdm=False)
         (answer,) = llm.chat(USER, sampling, use_tqdm=False)
-    return {"completion": completion.outputs[0].text, "chat": answer.outputs[0].text}
+    assert completion.prompt_logprobs is not None
+    scores = [entry.logprob for entry in completion.prompt_logprobs if entry is not None]
+    return {"completion": completion.outputs[0].text, "chat": answer.outputs[0].text, "prompt": scores}
 
 
 @pytest.fixture(scope="module")
-def deployment(model_folder: Path, offline: dict[str, str], tmp_path_factory: Any) -> Iterator[Deployment]:
+def deployment(model_folder: Path, offline: dict[str, Any], tmp_path_factory: Any) -> Iterator[Deployment]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY + "\n")
     keys.chmod(0o600)
@@ -107,7 +109,7 @@ def client(deployment: Deployment) -> Iterator[OpenAI]:
         yield client
 
 
-def test_chat_says_what_the_library_says(client: OpenAI, offline: dict[str, str]) -> None:
+def test_chat_says_what_the_library_says(client: OpenAI, offline: dict[str, Any]) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=USER, temperature=0, max_completion_tokens=12)
     assert answer.choices[0].message.content == offline["chat"]
     assert answer.choices[0].message.role == "assistant"
@@ -116,12 +118,31 @@ def test_chat_says_what_the_library_says(client: OpenAI, offline: dict[str, str]
     assert answer.system_fingerprint
 
 
-def test_a_completion_says_what_the_library_says(client: OpenAI, offline: dict[str, str]) -> None:
+def test_a_completion_says_what_the_library_says(client: OpenAI, offline: dict[str, Any]) -> None:
     answer = client.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12, echo=True)
     assert answer.choices[0].text == PROMPT + offline["completion"]
 
 
-def test_a_stream_with_usage(client: OpenAI, offline: dict[str, str]) -> None:
+def test_an_echoed_prompt_has_log_probabilities(client: OpenAI, offline: dict[str, Any]) -> None:
+    """As lm-eval-harness scores: with no output, and with one token of it."""
+    for max_tokens in (0, 1):
+        fields = dict(model=MODEL, prompt=PROMPT, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0)
+        answer = client.completions.create(**fields)
+        (choice,) = answer.choices
+        assert choice.logprobs is not None
+        tokens, first = choice.logprobs.tokens, choice.logprobs.token_logprobs[0]
+        num_prompt = len(tokens) - max_tokens
+        assert "".join(tokens) == choice.text
+        assert "".join(tokens[:num_prompt]) == PROMPT
+        assert (first, choice.logprobs.top_logprobs[0], choice.logprobs.text_offset[0]) == (None, None, 0)
+        assert choice.logprobs.token_logprobs[1:num_prompt] == pytest.approx(offline["prompt"], abs=1e-3)
+        assert answer.usage is not None
+        assert (answer.usage.completion_tokens, choice.finish_reason) == (max_tokens, "length")
+        chunk, *_ = client.completions.create(**fields, stream=True)
+        assert chunk.choices[0].logprobs == choice.logprobs
+
+
+def test_a_stream_with_usage(client: OpenAI, offline: dict[str, Any]) -> None:
     stream = client.chat.completions.create(
         model=MODEL,
         messages=USER,
@@ -150,7 +171,7 @@ def test_the_clients_own_stream_helper(client: OpenAI) -> None:
     assert "".join(deltas) in choices["guided_choice"]
 
 
-def test_the_async_client_streams_several_at_a_time(deployment: Deployment, offline: dict[str, str]) -> None:
+def test_the_async_client_streams_several_at_a_time(deployment: Deployment, offline: dict[str, Any]) -> None:
     async def one(client: AsyncOpenAI) -> str:
         stream = await client.completions.create(
             model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12, stream=True

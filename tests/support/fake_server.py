@@ -68,6 +68,7 @@ class FakeEngine:
         stays_silent: no token ever comes.
         tokens_at_once: tokens that come together.
         aborts_after: every request is ended by the engine after so many tokens.
+        first_delay_s: the first request gets its tokens so much later.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -80,6 +81,7 @@ class FakeEngine:
         self.stays_silent = False
         self.tokens_at_once = 3
         self.aborts_after: int | None = None
+        self.first_delay_s = 0.0
         self.num_cached = 0
         self.queue_s: float | None = None
         self.submitted: list[tuple[list[int], SamplingParams, str]] = []
@@ -106,7 +108,8 @@ class FakeEngine:
         self._running[request_id] = stream
         if not self.stays_silent:
             ids = self._ids(self.answer(prompt, sampling))
-            asyncio.get_running_loop().call_soon(self._advance, stream, ids)
+            delay_s = self.first_delay_s if len(self.submitted) == 1 else 0.0
+            asyncio.get_running_loop().call_later(delay_s, self._advance, stream, ids)
         return stream
 
     def _ids(self, text: str) -> list[int]:
@@ -119,6 +122,7 @@ class FakeEngine:
         now, later = ids[: self.tokens_at_once], ids[self.tokens_at_once :]
         if self.aborts_after is not None:
             now, later = ids[: self.aborts_after], []
+        self._score_prompt(completion)
         for token_id in now:
             if not completion.finished:
                 self._append(completion, token_id)
@@ -132,6 +136,13 @@ class FakeEngine:
             self._running.pop(stream.name, None)
         else:
             asyncio.get_running_loop().call_soon(self._advance, stream, later)
+
+    def _score_prompt(self, completion: Completion) -> None:
+        num_top = completion.sampling.prompt_logprobs
+        if num_top is not None and not completion.prompt_logprobs:
+            for place, token_id in enumerate(completion.prompt_token_ids[1:]):
+                top = ((7, -0.25), (token_id, -1.0 - place))[:num_top]
+                completion.prompt_logprobs.append(TokenLogprobs(token_id, -1.0 - place, top))
 
     def _append(self, completion: Completion, token_id: int) -> None:
         sampling = completion.sampling

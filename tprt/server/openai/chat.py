@@ -56,6 +56,8 @@ async def _plan(context: ServerContext, body: ChatCompletionRequest, request: Re
     require_model(context, body.model)
     check_stream_options(body)
     _check_logprobs(body)
+    if body.echo:
+        raise invalid("'echo' is not supported with messages; /v1/completions has it", "echo")
     ready = require_ready(context)
     tokenizer = require_tokenizer(context.tokenizer)
     tool_use = tool_use_of(body, tokenizer.tool_call_style)

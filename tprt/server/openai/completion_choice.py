@@ -5,29 +5,65 @@ Knows nothing of how it came to be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from tprt.server.completion import TokenLogprobs
 from tprt.server.openai.chunk_template import TEXT, ChunkTemplate, StreamExtras
 from tprt.server.openai.generation import Output, finish_name
-from tprt.server.openai.logprobs import TextOffsets, completion_logprobs
+from tprt.server.openai.logprobs import (
+    TextOffsets,
+    completion_logprobs,
+    echoed_logprobs,
+    join_logprobs,
+)
 from tprt.server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tprt.server.async_engine import Delta
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """What is put before an output: the text of its prompt; log-probabilities begin with its first token."""
+
+    text: str
+    first_token_id: int
+
+
+NO_ECHO = Echo("", -1)
+
+
 def completion_choice(
-    index: int, output: Output, echoed: str, tokenizer: Tokenizer | None, with_logprobs: bool
+    index: int, output: Output, echo: Echo, tokenizer: Tokenizer | None, with_logprobs: bool
 ) -> dict[str, object]:
-    """Return one choice; `echoed` is put before its text."""
-    logprobs = completion_logprobs(output.logprobs, tokenizer, TextOffsets()) if with_logprobs else None
+    """Return one choice, with the echo before its text and its log-probabilities."""
+    logprobs = None
+    if with_logprobs:
+        offsets = TextOffsets()
+        prompt = _prompt_part(echo, output.prompt_logprobs, tokenizer, offsets)
+        logprobs = join_logprobs([*prompt, completion_logprobs(output.logprobs, tokenizer, offsets)])
     return {
-        "text": echoed + output.text,
+        "text": echo.text + output.text,
         "index": index,
         "logprobs": logprobs,
         "finish_reason": finish_name(output.finish_reason),
     }
+
+
+def _prompt_part(
+    echo: Echo,
+    prompt: Sequence[TokenLogprobs] | None,
+    tokenizer: Tokenizer | None,
+    offsets: TextOffsets,
+) -> list[dict[str, list[Any]]]:
+    """Return the `logprobs` of the prompt, if there are any; the output begins where its text ends."""
+    if prompt is None:
+        return []
+    part = echoed_logprobs(echo.first_token_id, prompt, tokenizer, offsets)
+    offsets.go_on_from(len(echo.text))
+    return [part]
 
 
 class CompletionChoiceStream:
@@ -37,7 +73,7 @@ class CompletionChoiceStream:
         self,
         head: Mapping[str, object],
         index: int,
-        echoed: str,
+        echo: Echo,
         extras: StreamExtras,
         tokenizer: Tokenizer | None,
     ) -> None:
@@ -45,7 +81,8 @@ class CompletionChoiceStream:
         self._template = ChunkTemplate(head, index, example, extras.usage_at_end)
         self._extras = extras
         self._is_plain = extras.are_plain
-        self._echoed = echoed
+        self._echo = echo
+        self._echoed = echo.text
         self._tokenizer = tokenizer
         self._offsets = TextOffsets()
 
@@ -68,7 +105,10 @@ class CompletionChoiceStream:
             choice["token_ids"] = delta.token_ids
         return self._template.chunk(choice, usage)
 
-    def _logprobs(self, delta: Delta) -> dict[str, object] | None:
-        if not self._extras.logprobs or not delta.logprobs:
+    def _logprobs(self, delta: Delta) -> Mapping[str, object] | None:
+        if not self._extras.logprobs:
             return None
-        return completion_logprobs(delta.logprobs, self._tokenizer, self._offsets)
+        parts = _prompt_part(self._echo, delta.prompt_logprobs, self._tokenizer, self._offsets)
+        if delta.logprobs:
+            parts.append(completion_logprobs(delta.logprobs, self._tokenizer, self._offsets))
+        return join_logprobs(parts) if parts else None

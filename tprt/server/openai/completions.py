@@ -6,7 +6,7 @@ Knows nothing of how tokens are made and of how bytes are sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from fastapi import Request
@@ -18,7 +18,12 @@ from tprt.server.http.errors import invalid
 from tprt.server.http.event_stream import Emit, EventStream, event
 from tprt.server.http.request_log import record_of
 from tprt.server.openai.chunk_template import stream_extras
-from tprt.server.openai.completion_choice import CompletionChoiceStream, completion_choice
+from tprt.server.openai.completion_choice import (
+    NO_ECHO,
+    CompletionChoiceStream,
+    Echo,
+    completion_choice,
+)
 from tprt.server.openai.generation import Generation, PromptJob, require_model, require_ready
 from tprt.server.openai.grammars import completion_grammar
 from tprt.server.openai.identity import AnswerHead, make_head
@@ -33,11 +38,11 @@ _Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """All that the answer to one request depends on; `echoed` has the text before each choice."""
+    """All that the answer to one request depends on; `echoes` has what is before each choice."""
 
     request: CompletionRequest
     jobs: list[PromptJob]
-    echoed: list[str]
+    echoes: list[Echo]
     tokenizer: Tokenizer | None
     generation: Generation
     head: AnswerHead
@@ -60,17 +65,20 @@ async def _plan(context: ServerContext, body: CompletionRequest, request: Reques
     _refuse_what_is_not_there(body)
     ready = require_ready(context)
     grammar = await completion_grammar(body)
-    jobs, echoed = [], []
+    jobs, echoes = [], []
     prompts = _prompts(body)
     for prompt, ids in zip(prompts, await _encode(context, prompts), strict=True):
-        asked, default = body.max_tokens, _DEFAULT_MAX_TOKENS
+        # Nothing is not what a sequence can end with: one token is generated and dropped.
+        asked, default = 1 if body.max_tokens == 0 else body.max_tokens, _DEFAULT_MAX_TOKENS
         max_tokens = num_tokens_to_generate(asked, default, len(ids), ready.max_model_len, "prompt")
         sampling = sampling_of(body, max_tokens, body.logprobs, grammar, context.sampling_defaults)
-        jobs.append(PromptJob(ids, sampling))
-        echoed += [_text(context, prompt) if body.echo else ""] * body.num_choices
+        if body.echo:
+            sampling = replace(sampling, prompt_logprobs=body.logprobs)
+        jobs.append(PromptJob(ids, sampling, drops_output=body.max_tokens == 0))
+        echoes += [Echo(_text(context, prompt), ids[0]) if body.echo else NO_ECHO] * body.num_choices
     record = record_of(request.scope)
     head = make_head(context, record, "cmpl", "text_completion")
-    return _Plan(body, jobs, echoed, context.tokenizer, Generation(context, record, head.id), head)
+    return _Plan(body, jobs, echoes, context.tokenizer, Generation(context, record, head.id), head)
 
 
 def _refuse_what_is_not_there(body: CompletionRequest) -> None:
@@ -79,8 +87,8 @@ def _refuse_what_is_not_there(body: CompletionRequest) -> None:
         raise invalid("'suffix' is not supported", "suffix")
     if body.best_of is not None and body.best_of != body.num_choices:
         raise invalid(f"'best_of' is {body.best_of}; only the value of 'n' is supported", "best_of")
-    if body.echo and body.logprobs is not None:
-        raise invalid("'echo' together with 'logprobs' is not supported: prompts have none", "echo")
+    if body.max_tokens == 0 and not body.echo:
+        raise invalid("'max_tokens' is 0; expected 1 or more, or 'echo' with it", "max_tokens")
 
 
 def _prompts(body: CompletionRequest) -> list[_Prompt]:
@@ -111,7 +119,7 @@ async def _whole(plan: _Plan) -> dict[str, object]:
     choices = []
     for index, output in enumerate(outputs):
         with_logprobs = body.logprobs is not None
-        choice = completion_choice(index, output, plan.echoed[index], plan.tokenizer, with_logprobs)
+        choice = completion_choice(index, output, plan.echoes[index], plan.tokenizer, with_logprobs)
         if body.return_token_ids:
             prompt_ids = plan.jobs[index // body.num_choices].prompt_token_ids
             choice |= {"token_ids": output.token_ids, "prompt_token_ids": prompt_ids}
@@ -124,8 +132,8 @@ async def _stream(plan: _Plan, emit: Emit) -> None:
     extras = stream_extras(body, body.logprobs is not None)
     head = plan.head.fields()
     choices = [
-        CompletionChoiceStream(head, index, echoed, extras, plan.tokenizer)
-        for index, echoed in enumerate(plan.echoed)
+        CompletionChoiceStream(head, index, echo, extras, plan.tokenizer)
+        for index, echo in enumerate(plan.echoes)
     ]
     async with plan.generation.running(plan.jobs, body.num_choices):
         await plan.generation.stream(choices, emit, extras.usage_always)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from tprt.messages import EngineReady, SamplingParams
@@ -25,20 +25,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptJob:
-    """A prompt, and how to go on from it."""
+    """A prompt, and how to go on from it; `drops_output` where the prompt alone is of interest."""
 
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    drops_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one sequence has come to: its text, tokens, their log-probabilities, and why it ended."""
+    """What one sequence has come to: its text, tokens, their log-probabilities, and why it ended.
+
+    `prompt_logprobs` are those of all tokens of its prompt but the first; None where they were not asked for.
+    """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishName
+    prompt_logprobs: Sequence[TokenLogprobs] | None
 
 
 class ChoiceStream(Protocol):
@@ -57,7 +62,10 @@ class Generation:
         self._record = record
         self._id = response_id
         self._streams: list[RequestStream] = []
+        self._jobs: Sequence[PromptJob] = ()
         self._num_choices = 1
+        # For each prompt: its first choice has got a token, so all that is to be known of the prompt is there.
+        self._prompt_is_known: list[asyncio.Event] = []
 
     @asynccontextmanager
     async def running(self, jobs: Sequence[PromptJob], num_choices: int) -> AsyncIterator[None]:
@@ -66,7 +74,8 @@ class Generation:
         Raises:
             InvalidRequestError, EngineBusyError, EngineDeadError: the engine does not take it.
         """
-        self._num_choices = num_choices
+        self._jobs, self._num_choices = jobs, num_choices
+        self._prompt_is_known = [asyncio.Event() for _ in jobs]
         self._record.sampling, self._record.num_choices = jobs[0].sampling, num_choices
         self._record.num_prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs)
         several = len(jobs) * num_choices > 1
@@ -104,7 +113,7 @@ class Generation:
             raise errors.exceptions[0] from None
 
     async def _stream_one(self, index: int, choice: ChoiceStream, emit: Emit, with_usage: bool) -> None:
-        async for delta in self._streams[index]:
+        async for delta in self._news(index):
             self._look_at(index, delta)
             events = choice.events(delta, self.usage() if with_usage else None)
             if events:
@@ -118,14 +127,48 @@ class Generation:
     async def _collect_one(self, index: int) -> Output:
         texts: list[str] = []
         logprobs: list[TokenLogprobs] = []
+        prompt: Sequence[TokenLogprobs] | None = None
         reason: FinishName | None = None
-        async for delta in self._streams[index]:
+        async for delta in self._news(index):
             self._look_at(index, delta)
+            if prompt is None:
+                prompt = delta.prompt_logprobs
             texts.append(delta.text)
             logprobs.extend(delta.logprobs)
             reason = delta.finish_reason
         assert reason is not None, "a stream has ended without a reason"
-        return Output("".join(texts), self._streams[index].completion.token_ids, logprobs, reason)
+        token_ids = [] if self._job(index).drops_output else self._streams[index].completion.token_ids
+        return Output("".join(texts), token_ids, logprobs, reason, prompt)
+
+    def _job(self, index: int) -> PromptJob:
+        return self._jobs[index // self._num_choices]
+
+    def _news(self, index: int) -> AsyncIterator[Delta]:
+        job = self._job(index)
+        if job.drops_output or job.sampling.prompt_logprobs is not None:
+            return self._news_with_prompt(index)
+        return self._streams[index]
+
+    async def _news_with_prompt(self, index: int) -> AsyncIterator[Delta]:
+        """Yield the news of a sequence, the first with what is to be known of its prompt, as its job has it."""
+        job = self._job(index)
+        wants_prompt = job.sampling.prompt_logprobs is not None
+        async for delta in self._streams[index]:
+            if wants_prompt and delta.token_ids:
+                delta = replace(delta, prompt_logprobs=await self._prompt_logprobs(index))
+                wants_prompt = False
+            if job.drops_output and delta.token_ids:
+                delta = replace(delta, text="", token_ids=(), logprobs=(), finish_reason="length")
+            yield delta
+
+    async def _prompt_logprobs(self, index: int) -> Sequence[TokenLogprobs]:
+        """Return what the first choice of a prompt has found of it, once it has; this one has a token."""
+        number, choice = divmod(index, self._num_choices)
+        if choice == 0:
+            self._prompt_is_known[number].set()
+        else:
+            await self._prompt_is_known[number].wait()
+        return self._streams[index - choice].completion.prompt_logprobs
 
     def _look_at(self, index: int, delta: Delta) -> None:
         """Note the first token; an output that the server ends before it has any is an error.
@@ -141,7 +184,7 @@ class Generation:
     def usage(self) -> dict[str, object]:
         """Return the counts of tokens so far; a prompt counts once for all its choices."""
         completions = [stream.completion for stream in self._streams]
-        num_output = sum(len(completion.token_ids) for completion in completions)
+        num_output = self._num_output_tokens()
         num_prompt = num_cached = 0
         for first in range(0, len(completions), self._num_choices):
             choices = completions[first : first + self._num_choices]
@@ -155,9 +198,16 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": num_cached},
         }
 
+    def _num_output_tokens(self) -> int:
+        return sum(
+            len(stream.completion.token_ids)
+            for index, stream in enumerate(self._streams)
+            if not self._job(index).drops_output
+        )
+
     def _note_in_record(self) -> None:
         completions = [stream.completion for stream in self._streams]
-        self._record.num_output_tokens = sum(len(completion.token_ids) for completion in completions)
+        self._record.num_output_tokens = self._num_output_tokens()
         if completions:
             self._record.queue_s = completions[0].queue_s
         reasons = {completion.finish_reason or "abort" for completion in completions}

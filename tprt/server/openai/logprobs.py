@@ -6,6 +6,7 @@ Knows nothing of how they were computed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tprt.server.completion import TokenLogprobs
 from tprt.server.tokenizer import Tokenizer
@@ -38,10 +39,36 @@ class TextOffsets:
             self._next += len(text)
         return offsets
 
+    def go_on_from(self, place: int) -> None:
+        """Let the next token begin at `place`."""
+        self._next = place
+
+
+def echoed_logprobs(
+    first_token_id: int,
+    others: Sequence[TokenLogprobs],
+    tokenizer: Tokenizer | None,
+    offsets: TextOffsets,
+) -> dict[str, list[Any]]:
+    """Return the `logprobs` of a prompt, whose first token has none."""
+    text = _text(first_token_id, tokenizer)
+    first: dict[str, list[Any]] = {
+        "tokens": [text],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": offsets.place([text]),
+    }
+    return join_logprobs([first, completion_logprobs(others, tokenizer, offsets)])
+
+
+def join_logprobs(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Return the `logprobs` of tokens that follow each other; there is at least one part."""
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
 
 def completion_logprobs(
     tokens: Sequence[TokenLogprobs], tokenizer: Tokenizer | None, offsets: TextOffsets
-) -> dict[str, object]:
+) -> dict[str, list[Any]]:
     """Return the `logprobs` of the next tokens of a completion's choice."""
     texts = [_text(token.token_id, tokenizer) for token in tokens]
     return {

@@ -106,3 +106,5 @@ class ChatCompletionRequest(SamplingFields):
     """Passed on to the model's chat template."""
     functions: list[Any] | None = None
     """Refused; use tools."""
+    echo: bool | None = None
+    """Refused; completions have it."""

@@ -27,9 +27,11 @@ class CompletionRequest(SamplingFields):
     )
     """A text, several texts, the token ids of a text, or those of several."""
     echo: bool | None = None
-    """Begin each output with its prompt; not together with logprobs."""
+    """Begin each output with its prompt, and its log-probabilities with those of the prompt."""
     logprobs: NumTopLogprobs | None = None
     """Report the log-probability of each token, and so many of the most likely ones."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Most tokens to generate; 0 only with echo."""
     suffix: str | None = None
     """Refused: text after the completion is not supported."""
     best_of: Annotated[int, Field(ge=1)] | None = None

@@ -60,10 +60,14 @@ def sampling_of(
 
 
 def for_choice(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Return the parameters of choice `index` of a prompt: its seed is the request's plus the index."""
-    if sampling.seed is None or index == 0:
+    """Return the parameters of choice `index` of a prompt: its seed is the request's plus the index.
+
+    What is to be known of the prompt, the first choice brings.
+    """
+    if index == 0:
         return sampling
-    return replace(sampling, seed=(sampling.seed + index) % _NUM_SEEDS)
+    seed = None if sampling.seed is None else (sampling.seed + index) % _NUM_SEEDS
+    return replace(sampling, seed=seed, prompt_logprobs=None)
 
 
 def check_stream_options(fields: SamplingFields) -> None:

@@ -109,7 +109,8 @@ def test_without_a_tokenizer_prompts_and_outputs_are_token_ids() -> None:
     [
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"echo": True, "logprobs": 21}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )
