@@ -17,8 +17,13 @@ EPOCH = "TPRT_EPOCH"
 SUPERVISOR_FD = "TPRT_SUPERVISOR_FD"
 LISTENER_FD = "TPRT_LISTENER_FD"
 API_KEYS = "TPRT_API_KEYS"
-# Ranks that are all on this host need no interface but the loopback.
-GLOO_ON_ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo"}
+# For a deployment over several hosts, besides MASTER_ADDR and MASTER_PORT, where the ranks' store listens.
+HOSTS_FD = "TPRT_HOSTS_FD"
+HOSTS_SECRET = "TPRT_HOSTS_SECRET"
+STEPS_FD = "TPRT_STEPS_FD"
+STEPS_ADDRESS = "TPRT_STEPS_ADDRESS"
+STEPS_TOKEN = "TPRT_STEPS_TOKEN"
+STORE_FD = "TPRT_STORE_FD"
 
 
 def run_child(

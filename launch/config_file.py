@@ -43,6 +43,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(problems)) from None
 
 
+def peek_setting(path: str, overrides: Sequence[str], key: str, default: object) -> object:
+    """Return what file and overrides say of one setting, before anything is checked; `default` if nothing.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override is none.
+    """
+    settings = _read_yaml(path)
+    for override in overrides:
+        _assign(settings, *_parse_override(override))
+    found: object = settings
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return default if found is None else found
+
+
 def config_schema() -> dict[str, Any]:
     """Return the JSON schema of a deployment's settings, with the meaning of each."""
     return Config.model_json_schema()

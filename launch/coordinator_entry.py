@@ -11,10 +11,11 @@ if __name__ == "__main__":
 import os
 import select
 import socket
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from launch.child import SUPERVISOR_FD, run_child
+from launch.child import STEPS_FD, STEPS_TOKEN, SUPERVISOR_FD, run_child
 from launch.run_dir import heartbeats_path, read_config, request_address, stack_path, worker_socket
 from launch.stack_dump import install_stack_dumps
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
@@ -27,7 +28,10 @@ from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
 from tprt.errors import InvalidRequestError
 from tprt.log import configure_logging
+from tprt.transport.channel import WorkerHub
 from tprt.transport.hub import ShmWorkerHub
+from tprt.transport.remote_writer import RemoteStepWriter
+from tprt.transport.spread_hub import SpreadWorkerHub
 from tprt.transport.zmq_socket import RequestServer
 
 NAME = "coordinator"
@@ -65,13 +69,28 @@ def _read_tokenizer(folder: Path) -> str:
         ) from error
 
 
+def _take_remote_lanes(config: Config) -> Callable[[int], RemoteStepWriter] | None:
+    """Return what lets in the ranks that other hosts have of an epoch; None where there are no other hosts."""
+    if config.hosts.nnodes == 1:
+        return None
+    listener = socket.socket(fileno=int(os.environ.pop(STEPS_FD)))
+    listener.set_inheritable(False)
+    token = os.environ.pop(STEPS_TOKEN).encode()
+    ranks = range(len(config.ranks_of(0)), config.parallel.tensor_parallel_size)
+    return lambda epoch: RemoteStepWriter(listener.dup(), epoch, ranks, token)
+
+
 def serve(config: Config, run_dir: Path, supervisor: socket.socket) -> None:
     """Open the lanes and run the coordinator until a client ends it."""
     checkpoint = read_checkpoint_config(config.model.path)
     world_size = config.parallel.tensor_parallel_size
 
-    def open_hub(epoch: int) -> ShmWorkerHub:
-        return ShmWorkerHub.listen(worker_socket(run_dir, epoch), epoch=epoch, world_size=world_size)
+    open_remote = _take_remote_lanes(config)
+
+    def open_hub(epoch: int) -> WorkerHub:
+        num_local = len(config.ranks_of(config.hosts.node_rank))
+        local = ShmWorkerHub.listen(worker_socket(run_dir, epoch), epoch=epoch, world_size=num_local)
+        return local if open_remote is None else SpreadWorkerHub(local, open_remote(epoch))
 
     def open_watch(epoch: int) -> GroupWatch:
         stack_paths = [stack_path(run_dir, f"rank {rank}") for rank in range(world_size)]

@@ -11,14 +11,16 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from launch.child import API_KEYS, EPOCH, GLOO_ON_ONE_HOST, LISTENER_FD
+from launch.child import API_KEYS, LISTENER_FD
 from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
 from launch.log_dir import make_log_dir, sink_of
+from launch.multihost.head import open_head
 from launch.parent_death import RUN_DIR
 from launch.planning.rank_weights import resolve_rank_weights
 from launch.program_end import ProgramEnd
+from launch.rank_specs import LOOPBACK, make_rank_specs
 from launch.run_dir import RunDir, newest_heartbeats, request_address, write_config
 from launch.serving.record import read_server
 from launch.supervisor import Supervisor
@@ -57,6 +59,7 @@ class Deployment:
         parallel = config.parallel
         make_shard_plan(shape_of(checkpoint), parallel.tensor_parallel_size, parallel.rank_weights)
         self.config = config
+        self._head = open_head(config)
         self.ready: EngineReady | None = None
         self._pulse: CoordinatorPulse | None = None
         self._run_dir = RunDir.create()
@@ -81,6 +84,9 @@ class Deployment:
         env = {RUN_DIR: str(self._run_dir.path)}
         sink = sink_of("coordinator", self.config.logging)
         coordinator = ChildSpec("coordinator", "launch.coordinator_entry", env, sink=sink)
+        if self._head is not None:
+            self._head.announce()
+            coordinator = self._head.equip_coordinator(coordinator)
         server = None if listener is None else self._make_server(listener.fileno(), api_keys)
         self._supervisor.start(coordinator, self._make_ranks, server)
         self._pulse = CoordinatorPulse(self.pids["coordinator"], self.config.supervision)
@@ -123,16 +129,13 @@ class Deployment:
         server.raise_if_cut_short()
 
     def _make_ranks(self, epoch: int) -> list[ChildSpec]:
-        """Return the rank processes of `epoch`."""
-        world_size = self.config.parallel.tensor_parallel_size
-        common = {RUN_DIR: str(self._run_dir.path), EPOCH: str(epoch), **GLOO_ON_ONE_HOST}
-        specs = []
-        for rank in range(world_size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            env = common | {key: str(value) for key, value in place.items()}
-            sink = sink_of(f"rank {rank}", self.config.logging, rank)
-            specs.append(ChildSpec(f"rank {rank}", "launch.worker_entry", env, sink=sink, rank=rank))
-        return specs
+        """Return the processes of `epoch` on this host."""
+        run_dir = self._run_dir.path
+        if self._head is None:
+            # All ranks are on this host, so gloo needs no interface but the loopback.
+            return make_rank_specs(self.config, run_dir, epoch, LOOPBACK)
+        specs = make_rank_specs(self.config, run_dir, epoch, self._head.interface)
+        return self._head.equip_group(specs, run_dir, epoch)
 
     def connect(self, tokenizer: Tokenizer | None) -> EngineClient:
         """Return a client of this deployment's coordinator."""
@@ -214,6 +217,8 @@ class Deployment:
     def _end(self, grace_s: float) -> None:
         self._supervisor.stop(grace_s)
         self._run_dir.remove()
+        if self._head is not None:
+            self._head.close()
         self._program_end.release()
 
     def __enter__(self) -> Deployment:

@@ -68,15 +68,22 @@ def place_on_gpu(local_rank: int, local_world_size: int, num_gpus: int, allow_sh
 
 
 def choose_all_reduce(
-    setting: str, device_type: str, any_shared: bool = False, are_linked: bool | None = None
+    setting: str,
+    device_type: str,
+    any_shared: bool = False,
+    are_linked: bool | None = None,
+    is_spread: bool = False,
 ) -> CollectiveBackend:
     """Return the all-reduce for ranks on devices of `device_type`, some of which may be shared.
 
-    `are_linked` is what `are_gpus_linked` says, None where that is not known.
+    `are_linked` is what `are_gpus_linked` says, None where that is not known; `is_spread` tells that the ranks
+    are on several hosts.
 
     Raises:
         ConfigError: the one asked for cannot work there, or is not known.
     """
+    if setting == "auto" and is_spread:
+        return "gloo" if device_type == "cpu" else "nccl"
     if setting == "auto":
         return "shm" if device_type == "cpu" else "symm_mem" if any_shared or are_linked else "nccl"
     if setting in ("nccl", "symm_mem") and device_type != "cuda":
@@ -86,6 +93,10 @@ def choose_all_reduce(
     if setting == "shm" and device_type != "cpu":
         raise ConfigError(
             "parallel.all_reduce is shm, which joins CPU ranks only; use nccl or symm_mem on CUDA devices"
+        )
+    if setting == "symm_mem" and is_spread:
+        raise ConfigError(
+            "parallel.all_reduce is symm_mem, which joins ranks of one host; use nccl between hosts"
         )
     if setting == "symm_mem" and are_linked is False:
         raise ConfigError(

@@ -160,7 +160,9 @@ class Supervisor:
 
     def _start_all(self, coordinator: ChildSpec) -> str | None:
         fd = self._lane.coordinators_fd
-        spec = replace(coordinator, env={**coordinator.env, SUPERVISOR_FD: str(fd)}, pass_fds=(fd,))
+        spec = replace(
+            coordinator, env={**coordinator.env, SUPERVISOR_FD: str(fd)}, pass_fds=(*coordinator.pass_fds, fd)
+        )
         failure = start_child(self._coordinator, spec, self._tee)
         if failure is None and self.server is not None:
             failure = self.server.start()

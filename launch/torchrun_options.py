@@ -13,10 +13,15 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from launch.config_file import load_config, peek_setting
+from launch.multihost.agent import run_agent
 from tprt.errors import ConfigError
 
 _SETTINGS = {
-    "nproc_per_node": "parallel.tensor_parallel_size",
+    "nnodes": "hosts.nnodes",
+    "node_rank": "hosts.node_rank",
+    "rdzv_endpoint": "hosts.rdzv_endpoint",
+    "rdzv_id": "hosts.rdzv_id",
     "max_restarts": "supervision.max_restarts",
     "log_dir": "logging.dir",
     "local_ranks_filter": "logging.local_ranks_filter",
@@ -24,9 +29,16 @@ _SETTINGS = {
 
 
 def _options(
+    nnodes: Annotated[int | None, typer.Option(help="Hosts; see hosts.nnodes.")] = None,
+    node_rank: Annotated[int | None, typer.Option(help="Which host this is; see hosts.node_rank.")] = None,
     nproc_per_node: Annotated[
-        int | None, typer.Option(help="Ranks of this host; see parallel.tensor_parallel_size.")
+        str | None,
+        typer.Option(metavar="N|N,N", help="Ranks of each host, which make parallel.tensor_parallel_size."),
     ] = None,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where hosts meet; see hosts.rdzv_endpoint.")
+    ] = None,
+    rdzv_id: Annotated[str | None, typer.Option(help="Name of the deployment; see hosts.rdzv_id.")] = None,
     max_restarts: Annotated[
         int | None, typer.Option(help="How often failed ranks are replaced; see supervision.max_restarts.")
     ] = None,
@@ -42,12 +54,22 @@ def _options(
 
 
 def with_torchrun_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return `command`, which takes `set_`, with these options as well: they become overrides in `set_`."""
+    """Return `command`, which takes `config` and `set_`, with these options as well: they become overrides.
+
+    On a host other than that of node rank 0 the command takes part in the deployment that it starts there.
+    """
 
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in _SETTINGS}
-        command(**{**arguments, "set_": [*(arguments["set_"] or ()), *to_overrides(given)]})
+        given = {name: arguments.pop(name) for name in inspect.signature(_options).parameters}
+        set_ = [*(arguments["set_"] or ()), *to_overrides(given)]
+        if given["nproc_per_node"] is not None:
+            set_ += _spread(given["nproc_per_node"], peek_setting(arguments["config"], set_, "hosts.nnodes", 1))
+        config = load_config(arguments["config"], set_)
+        if config.hosts.node_rank > 0:
+            run_agent(config)
+        else:
+            command(**{**arguments, "set_": set_})
 
     own, added = inspect.signature(command), inspect.signature(_options)
     hints = get_type_hints(command, include_extras=True) | get_type_hints(_options, include_extras=True)
@@ -68,6 +90,14 @@ def to_overrides(given: dict[str, Any]) -> list[str]:
     if values["local_ranks_filter"] is not None:
         values["local_ranks_filter"] = _split("--local-ranks-filter", values["local_ranks_filter"])
     return [f"{key}={json.dumps(values[name])}" for name, key in _SETTINGS.items() if values[name] is not None]
+
+
+def _spread(text: str, nnodes: object) -> list[str]:
+    """Return the overrides for `--nproc-per-node`: one number for all hosts, or one for each."""
+    counts = _split("--nproc-per-node", text)
+    if len(counts) == 1 and isinstance(nnodes, int):
+        counts *= nnodes
+    return [f"hosts.nproc_per_node={json.dumps(counts)}", f"parallel.tensor_parallel_size={sum(counts)}"]
 
 
 def _split(option: str, text: str) -> list[int]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.child import EPOCH, run_child
+from launch.child import EPOCH, STEPS_ADDRESS, STEPS_TOKEN, STORE_FD, run_child
 from launch.run_dir import epoch_dir, heartbeats_path, read_config, worker_socket
 from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
@@ -31,7 +31,7 @@ from tprt.transport.heartbeat import HeartbeatWriter, Phase
 
 if TYPE_CHECKING:
     from launch.devices import RankDevice
-    from tprt.distributed import TPGroup
+    from tprt.distributed import TcpMeeting, TPGroup
     from tprt.transport.channel import WorkerLink
 
 # The end of a traceback says most; a control message has a bound.
@@ -93,7 +93,6 @@ class WorkerProcess:
 
         from launch.devices import choose_device, prepare_shared_memory, threads_per_rank
         from tprt.checkpoint_config import read_checkpoint_config
-        from tprt.transport.link import ShmWorkerLink
         from tprt.weights import join_load_exchange
         from tprt.worker.main import Worker
 
@@ -108,14 +107,14 @@ class WorkerProcess:
         )
         torch.set_num_threads(config.runtime.num_threads or threads_per_rank(place.local_world_size))
         timeout_s = config.supervision.startup_timeout_s
-        socket = worker_socket(place.run_dir, place.epoch)
-        link = ShmWorkerLink.connect(socket, epoch=place.epoch, rank=place.rank, timeout_s=timeout_s)
-        self._link = link
+        link = self._link = connect_link(place, timeout_s)
         self._beat.set_phase(Phase.GROUP_INIT)
         checkpoint = read_checkpoint_config(config.model.path)
-        meeting = epoch_dir(place.run_dir, place.epoch)
-        group = self._join_group(chosen, str(meeting))
-        load_socket = str(meeting / "load.sock")
+        own_dir = epoch_dir(place.run_dir, place.epoch)
+        group = self._join_group(
+            chosen, str(own_dir) if config.hosts.nnodes == 1 else read_meeting(place.epoch)
+        )
+        load_socket = str(own_dir / "load.sock")
         exchange = join_load_exchange(load_socket, place.local_rank, place.local_world_size, timeout_s)
         worker = Worker(config, link, place.epoch, self._beat)
         worker.prepare(checkpoint, group, chosen.device, exchange, chosen.num_sharers)
@@ -123,7 +122,7 @@ class WorkerProcess:
         link.close()
         group.close()
 
-    def _join_group(self, chosen: RankDevice, meeting: str) -> TPGroup:
+    def _join_group(self, chosen: RankDevice, meeting: str | TcpMeeting) -> TPGroup:
         import torch
 
         from launch.devices import are_gpus_linked, cache_folder, choose_all_reduce, is_mps_running
@@ -140,7 +139,9 @@ class WorkerProcess:
             min(place.local_world_size, torch.cuda.device_count())
         )
         group = make_group(
-            choose_all_reduce(all_reduce, device_type, chosen.any_shared, are_linked),
+            choose_all_reduce(
+                all_reduce, device_type, chosen.any_shared, are_linked, self._config.hosts.nnodes > 1
+            ),
             place.rank,
             place.world_size,
             chosen.device,
@@ -149,6 +150,31 @@ class WorkerProcess:
         )
         tune_all_reduce(group, cache_folder())
         return group
+
+
+def connect_link(place: WorkerPlace, timeout_s: float) -> WorkerLink:
+    """Return this rank's lanes to the coordinator, which is on this host unless there is an address for it.
+
+    Raises:
+        TransportError: there is no coordinator there, or it does not want this rank.
+    """
+    from tprt.transport.link import ShmWorkerLink
+    from tprt.transport.remote_link import RemoteWorkerLink
+
+    address, token = os.environ.get(STEPS_ADDRESS), os.environ.pop(STEPS_TOKEN, "").encode()
+    who = {"epoch": place.epoch, "rank": place.rank}
+    if address is not None:
+        return RemoteWorkerLink.connect(address, token=token, timeout_s=timeout_s, **who)
+    return ShmWorkerLink.connect(worker_socket(place.run_dir, place.epoch), timeout_s=timeout_s, **who)
+
+
+def read_meeting(epoch: int) -> TcpMeeting:
+    """Return where the ranks of several hosts meet."""
+    from tprt.distributed import TcpMeeting
+
+    env = os.environ
+    listener = int(env[STORE_FD]) if STORE_FD in env else None
+    return TcpMeeting(env["MASTER_ADDR"], int(env["MASTER_PORT"]), epoch, listener)
 
 
 def open_beat(place: WorkerPlace) -> HeartbeatWriter:

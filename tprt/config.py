@@ -186,6 +186,58 @@ class SupervisionConfig(_Section):
     """The time within which restarts are counted."""
 
 
+class HostsConfig(_Section):
+    """How a deployment is spread over hosts; one that is on one host needs none of it."""
+
+    nnodes: PositiveInt = 1
+    """Number of hosts."""
+    node_rank: Annotated[int, Field(ge=0)] = 0
+    """Which of them this is; that of node rank 0 runs coordinator and server, and has rank 0."""
+    nproc_per_node: tuple[PositiveInt, ...] | None = None
+    """Ranks of each host, in the order of node ranks; none: all have equally many."""
+    rdzv_endpoint: str | None = None
+    """host:port, an address of the host of node rank 0 that the others can reach; it listens there."""
+    rdzv_id: str = "tprt"
+    """Name of the deployment; hosts of another one are refused."""
+    secret_file: str | None = None
+    """File with the secret that all hosts share, 16 characters or more; none: it is in $TPRT_HOSTS_SECRET."""
+    interface: str | None = None
+    """Network interface for what goes between ranks; none: that of this host's end of rdzv_endpoint."""
+    join_timeout_s: PositiveFloat = 300.0
+    """For all hosts to come, at the start and again after one was lost."""
+    heartbeat_timeout_s: PositiveFloat = 5.0
+    """A host of which nothing is heard for so long is lost."""
+
+    @model_validator(mode="after")
+    def _hosts_can_find_each_other(self) -> HostsConfig:
+        if self.node_rank >= self.nnodes:
+            raise ValueError(
+                f"node_rank is {self.node_rank} and nnodes {self.nnodes}; expected 0 to {self.nnodes - 1}"
+            )
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError(f"nnodes is {self.nnodes} without rdzv_endpoint; give host:port of node rank 0")
+        if self.rdzv_endpoint is not None:
+            split_endpoint(self.rdzv_endpoint)
+        if self.nproc_per_node is not None and len(self.nproc_per_node) != self.nnodes:
+            raise ValueError(
+                f"nproc_per_node has {len(self.nproc_per_node)} entries and nnodes is {self.nnodes}; give the"
+                " ranks of each host"
+            )
+        return self
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Return host and port of `host:port`; brackets around an IPv6 address are taken off.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{endpoint!r} is no endpoint; expected host:port, as in 10.0.0.1:29400")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 class LoggingConfig(_Section):
     """What is written to standard error."""
 
@@ -216,5 +268,33 @@ class Config(_Section):
     """Where the HTTP server of `tprt serve` listens, who may ask, and how much."""
     supervision: SupervisionConfig = SupervisionConfig()
     """Deadlines, in seconds (nothing waits without one), and what happens when ranks fail."""
+    hosts: HostsConfig = HostsConfig()
+    """How a deployment is spread over hosts; one that is on one host needs none of it."""
     logging: LoggingConfig = LoggingConfig()
     """What is written to standard error."""
+
+    @model_validator(mode="after")
+    def _ranks_fit_the_hosts(self) -> Config:
+        hosts, parallel = self.hosts, self.parallel
+        if hosts.nproc_per_node is not None and sum(hosts.nproc_per_node) != parallel.tensor_parallel_size:
+            raise ValueError(
+                f"hosts.nproc_per_node {list(hosts.nproc_per_node)} is {sum(hosts.nproc_per_node)} ranks, and"
+                f" parallel.tensor_parallel_size is {parallel.tensor_parallel_size}; make them equal"
+            )
+        if hosts.nproc_per_node is None and parallel.tensor_parallel_size % hosts.nnodes:
+            raise ValueError(
+                f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} does not spread evenly over"
+                f" hosts.nnodes {hosts.nnodes}; give hosts.nproc_per_node"
+            )
+        if hosts.nnodes > 1 and parallel.all_reduce == "shm":
+            raise ValueError("parallel.all_reduce is shm, which joins ranks of one host; use auto or gloo")
+        if hosts.nnodes > 1 and parallel.rank_weights == "auto":
+            raise ValueError("parallel.rank_weights is auto, which looks at one host; give one for each rank")
+        return self
+
+    def ranks_of(self, node_rank: int) -> range:
+        """Return the ranks of one host."""
+        size, hosts = self.parallel.tensor_parallel_size, self.hosts
+        counts = hosts.nproc_per_node or (size // hosts.nnodes,) * hosts.nnodes
+        first = sum(counts[:node_rank])
+        return range(first, first + counts[node_rank])

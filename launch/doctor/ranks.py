@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from launch.child import GLOO_ON_ONE_HOST
 from launch.devices import choose_all_reduce, place_on_gpu, prepare_shared_memory
 from launch.doctor.finding import Finding, bad, ok, refused, silent, skipped, warning
 from launch.doctor.forked import ask_child
 from launch.doctor.request import DoctorRequest
 from launch.doctor.trial import LEAST_S, Trial
+from launch.rank_specs import LOOPBACK
 from launch.run_dir import RunDir
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
@@ -48,7 +48,7 @@ def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
     except ConfigError as error:
         yield refused(_NAME, error, "set parallel.all_reduce: auto")
         return
-    os.environ.update(GLOO_ON_ONE_HOST)
+    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
     prepare_shared_memory(parallel)
     run_dir = RunDir.create(is_trial=True)
     try:

@@ -105,7 +105,8 @@ def _machine(
     device = planned_device(config)
     bandwidth_gbs, bandwidth_from = _bandwidth(device.type, options.bandwidth_gbs, devices)
     shared = " shared by all ranks" if device.type == "cpu" else ""
-    backend = choose_all_reduce(config.parallel.all_reduce, device.type)
+    is_spread = config.hosts.nnodes > 1
+    backend = choose_all_reduce(config.parallel.all_reduce, device.type, is_spread=is_spread)
     machine = Machine(
         bandwidth_gbs=bandwidth_gbs,
         shares_memory=device.type == "cpu",

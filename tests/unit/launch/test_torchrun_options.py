@@ -24,8 +24,8 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def parse(*arguments: str) -> Config:
-    """Return the settings that a command with these arguments gets."""
+def parse(*arguments: str) -> Config | None:
+    """Return the settings that a command with these arguments gets; None if it is not run."""
     found: list[Config] = []
     app = typer.Typer()
 
@@ -35,7 +35,7 @@ def parse(*arguments: str) -> Config:
         found.append(load_config(config, set_ or ()))
 
     CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    return found[0]
+    return found[0] if found else None
 
 
 def test_without_options_the_settings_are_those_of_the_file(file: str) -> None:
@@ -43,11 +43,35 @@ def test_without_options_the_settings_are_those_of_the_file(file: str) -> None:
 
 
 def test_options_win_over_the_file_and_over_set(file: str) -> None:
-    options = ["--nproc-per-node", "3", "--max-restarts", "0", "--log-dir", "/l", "--local-ranks-filter", "0,2"]
-    config = parse(file, "--set", "parallel.tensor_parallel_size=2", *options)
+    options = "--nproc-per-node 3 --rdzv-id d --max-restarts 0 --log-dir /l --local-ranks-filter 0,2"
+    config = parse(file, "--set", "parallel.tensor_parallel_size=2", *options.split())
+    assert config is not None
     assert config.parallel.tensor_parallel_size == 3
+    assert (config.hosts.nproc_per_node, config.hosts.rdzv_id) == ((3,), "d")
     assert config.supervision.max_restarts == 0
     assert (config.logging.dir, config.logging.local_ranks_filter) == ("/l", (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [("2", (2, 2, 2)), ("1,2,4", (1, 2, 4))], ids=["one number", "one for each host"]
+)
+@pytest.mark.parametrize("way", ["--nnodes=3", "--set=hosts.nnodes=3", "--set=hosts={nnodes: 3}"])
+def test_ranks_are_those_of_each_host_and_make_the_size_of_the_group(
+    file: str, ranks: str, expected: tuple[int, ...], way: str
+) -> None:
+    config = parse(file, way, "--rdzv-endpoint", "h:29400", "--nproc-per-node", ranks)
+    assert config is not None
+    assert config.hosts.nproc_per_node == expected
+    assert config.parallel.tensor_parallel_size == sum(expected)
+
+
+def test_on_another_host_the_command_takes_part_in_the_deployment_of_node_rank_0(
+    file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents: list[Config] = []
+    monkeypatch.setattr("launch.torchrun_options.run_agent", agents.append)
+    assert parse(file, "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "h:29400") is None
+    assert [agent.hosts.node_rank for agent in agents] == [1]
 
 
 def test_ranks_that_are_no_numbers_are_refused(file: str) -> None:
