@@ -82,7 +82,7 @@ def _print(findings: Sequence[Finding], seconds: float) -> None:
         text = Text(finding.found)
         if finding.fix:
             text.append(f"\nfix: {finding.fix}", style="bold")
-        table.add_row(finding.check, Text(finding.verdict, style=_COLOURS[finding.verdict]), text)
+        table.add_row(Text(finding.check), Text(finding.verdict, style=_COLOURS[finding.verdict]), text)
     console = Console(highlight=False)
     console.print(table)
     counts = Counter(finding.verdict for finding in findings)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from launch.doctor.checks import CHECKS, Check
 from launch.doctor.finding import Finding, bad, silent, skipped, warning
+from launch.doctor.leftovers import members_of, removing_files_of
 from launch.doctor.request import DoctorRequest
 from launch.parent_death import PARENT_PID
 from launch.run_dir import remove_abandoned
@@ -111,7 +112,8 @@ def _runner(request: DoctorRequest) -> Iterator[tuple[subprocess.Popen[bytes], s
                 runner.stdin.write(request.to_json().encode())
             yield runner, channel
         finally:
-            _end_group(runner)
+            with removing_files_of(members_of(runner.pid)):
+                _end_group(runner)
             remove_abandoned()
 
 

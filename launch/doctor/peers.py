@@ -46,36 +46,39 @@ def check_peers(request: DoctorRequest) -> Iterator[Finding]:
 
 def _copy(num_devices: int, connection: Connection) -> None:
     """Copy between all pairs: say which one begins, and then whether it is direct and what arrived is right."""
-    for source, target in itertools.permutations(range(num_devices), 2):
-        connection.send((source, target))
-        written = torch.arange(_NUM_ELEMENTS, device=f"cuda:{source}") * (source + 1)
-        received = torch.full_like(written, -1, device=f"cuda:{target}")
-        received.copy_(written)
-        torch.cuda.synchronize(target)
-        is_right = torch.equal(received.cpu(), torch.arange(_NUM_ELEMENTS) * (source + 1))
-        connection.send((torch.cuda.can_device_access_peer(source, target), is_right))
+    try:
+        for source, target in itertools.permutations(range(num_devices), 2):
+            connection.send((source, target))
+            written = torch.arange(_NUM_ELEMENTS, device=f"cuda:{source}") * (source + 1)
+            received = torch.full_like(written, -1, device=f"cuda:{target}")
+            received.copy_(written)
+            torch.cuda.synchronize(target)
+            is_right = torch.equal(received.cpu(), torch.arange(_NUM_ELEMENTS) * (source + 1))
+            connection.send((torch.cuda.can_device_access_peer(source, target), is_right))
+    except RuntimeError as error:
+        connection.send(str(error))
 
 
 def _hear(num_devices: int, receiver: Connection, timeout_s: float) -> Finding:
     """Take in what is said of each pair."""
     end_s = time.monotonic() + timeout_s
     num_pairs = num_devices * (num_devices - 1)
-    pair, wrong, num_direct = "", [], 0
-    for _ in range(num_pairs):
-        try:
-            pair = "the first copy"
+    at, wrong, num_direct = "before the first copy", [], 0
+    try:
+        for _ in range(num_pairs):
             source, target = _receive(receiver, end_s)
-            pair = f"{source} to {target}"
+            at = f"device {source} to {target}"
             is_direct, is_right = _receive(receiver, end_s)
-        except EOFError:
-            return bad(_NAME, f"device {pair}: the process died", _FIX)
-        except TimeoutError:
-            return silent(_NAME, f"device {pair}: nothing arrived in {timeout_s:.1f} s", _FIX)
-        num_direct += is_direct
-        if not is_right:
-            wrong.append(pair)
+            num_direct += is_direct
+            wrong += [] if is_right else [at]
+    except RuntimeError as error:
+        return bad(_NAME, f"{at}: {error}", _FIX)
+    except EOFError:
+        return bad(_NAME, f"{at}: the process died", _FIX)
+    except TimeoutError:
+        return silent(_NAME, f"{at}: nothing arrived in {timeout_s:.1f} s", _FIX)
     if wrong:
-        return bad(_NAME, f"what arrived is not what was written, from device {', '.join(wrong)}", _FIX)
+        return bad(_NAME, f"what arrived is not what was written: {', '.join(wrong)}", _FIX)
     text = f"{num_pairs} pairs of devices: what was written was read, {num_direct} directly"
     return ok(_NAME, text, pairs=num_pairs, direct=num_direct)
 
@@ -83,4 +86,7 @@ def _hear(num_devices: int, receiver: Connection, timeout_s: float) -> Finding:
 def _receive(receiver: Connection, end_s: float) -> Any:
     if not receiver.poll(max(0.0, end_s - time.monotonic())):
         raise TimeoutError
-    return receiver.recv()
+    message = receiver.recv()
+    if isinstance(message, str):
+        raise RuntimeError(message)
+    return message

@@ -68,7 +68,8 @@ def _try_used(trial: Trial, request: DoctorRequest) -> Iterator[Finding]:
     if timeout_s < LEAST_S:
         yield skipped(name, _NO_TIME)
         return
-    smaller = range(2, num_ranks)
+    # What is shared by symm_mem belongs to the first group of a process.
+    smaller = range(2, num_ranks) if trial.backend != "symm_mem" else ()
     groups = trial.run([num_ranks, *smaller], timeout_s)
     began_s = time.monotonic()
     _, problem = next(groups)

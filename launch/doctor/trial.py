@@ -19,6 +19,7 @@ import torch
 
 from launch.cuda_devices import gpu_in_turn
 from launch.doctor.forked import end_child, fork_child
+from launch.doctor.leftovers import removing_files_of
 from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 
 _NUM_ELEMENTS = 65536
@@ -100,8 +101,9 @@ def _ranks(trial: Trial, sizes: Sequence[int], end_s: float) -> Iterator[list[Co
             sender.close()
         yield connections
     finally:
-        for pid in pids:
-            end_child(pid)
+        with removing_files_of(pids):
+            for pid in pids:
+                end_child(pid)
         for connection in connections:
             connection.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from tests.support.deployments import descendants, still_there
 from tests.support.doctoring import request_for, run_check
 
 WAIT_S = 30.0
+SHM = Path("/dev/shm")
+MAPPED: list[mmap.mmap] = []
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,18 @@ def no_child_is_left() -> Iterator[None]:
     before = set(descendants(os.getpid()))
     yield
     assert still_there([pid for pid in descendants(os.getpid()) if pid not in before]) == []
+
+
+@dataclass(frozen=True, slots=True)
+class Littering(Trial):
+    """Each rank has a file in shared memory, as NCCL has until all have opened it."""
+
+    def _sum(self, rank: int, size: int, device: torch.device, end_s: float) -> str:
+        file = SHM / f"nccl-test-{os.getppid()}-{rank}"
+        file.write_bytes(bytes(mmap.PAGESIZE))
+        with file.open("r+b") as opened:
+            MAPPED.append(mmap.mmap(opened.fileno(), 0))
+        return "" if file.exists() else "the file is gone already"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +81,17 @@ def test_the_first_group_that_fails_is_the_last_and_its_rank_is_named(
 def test_a_smaller_group_that_fails_comes_after_those_that_do_not(tmp_path: Path) -> None:
     found = list(Spoilt("shm", 0, tmp_path, 3, "fails").run([4, 2, 3], WAIT_S))
     assert found == [(4, ""), (2, ""), (3, "rank 1 of 3: RuntimeError: no route to rank 0")]
+
+
+def test_what_nccl_leaves_when_a_rank_is_killed_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    others = SHM / f"nccl-test-other-{os.getpid()}"
+    others.write_bytes(b"x")
+    try:
+        found = list(Littering("shm", 0, tmp_path).run([2], WAIT_S))
+        left = list(SHM.glob(f"nccl-test-{os.getpid()}-*"))
+        assert (found, left, others.exists()) == ([(2, "")], [], True)
+    finally:
+        others.unlink()
 
 
 def test_a_group_for_which_there_is_no_time_is_not_tried(tmp_path: Path) -> None:
