@@ -18,6 +18,7 @@ from launch.planning.command import plan
 from launch.serving.command import serve
 from launch.status_command import status
 from launch.stop_command import stop
+from launch.torchrun_options import with_torchrun_options
 from tprt.errors import TprtError
 
 EXIT_FAILED = 1
@@ -35,7 +36,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(chat)
 app.command()(plan)
-app.command()(doctor)
+app.command()(with_torchrun_options(doctor, on_every_host=True))
 app.command()(status)
 app.command()(stop)
 app.add_typer(config_command.app, name="config")

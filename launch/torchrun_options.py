@@ -53,10 +53,11 @@ def _options(
     """Declare the options; never called."""
 
 
-def with_torchrun_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_torchrun_options(command: Callable[..., None], on_every_host: bool = False) -> Callable[..., None]:
     """Return `command`, which takes `config` and `set_`, with these options as well: they become overrides.
 
-    On a host other than that of node rank 0 the command takes part in the deployment that it starts there.
+    On a host other than that of node rank 0 the command takes part in the deployment that it starts there,
+    unless it does its own work `on_every_host`.
     """
 
     @wraps(command)
@@ -65,8 +66,7 @@ def with_torchrun_options(command: Callable[..., None]) -> Callable[..., None]:
         set_ = [*(arguments["set_"] or ()), *to_overrides(given)]
         if given["nproc_per_node"] is not None:
             set_ += _spread(given["nproc_per_node"], peek_setting(arguments["config"], set_, "hosts.nnodes", 1))
-        config = load_config(arguments["config"], set_)
-        if config.hosts.node_rank > 0:
+        if not on_every_host and (config := load_config(arguments["config"], set_)).hosts.node_rank > 0:
             run_agent(config)
         else:
             command(**{**arguments, "set_": set_})

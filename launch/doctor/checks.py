@@ -56,5 +56,5 @@ CHECKS = (
     Check("checkpoint", "launch.doctor.checkpoint:check_headers", needs_torch=True, advice=_DISK),
     Check("disk", "launch.doctor.disk:check_disk", needs_torch=True, advice=_DISK),
     Check("server", "launch.doctor.network:check_server"),
-    Check("other hosts", "launch.doctor.network:check_other_hosts"),
+    Check("hosts", "launch.doctor.hosts:check_hosts"),
 )

@@ -60,9 +60,11 @@ class Results:
             found += self._findings.get(number, [])
             if number in self._ended:
                 continue
-            if has_crashed:
-                is_cause = check.name == "torch"
-                found.append(bad(check.name, end, check.advice) if is_cause else skipped(check.name, end))
+            if has_crashed and check.name == "torch":
+                found.append(bad(check.name, end, check.advice))
+            elif has_crashed:
+                # It was cut short through no fault of its own.
+                found += [] if number in self._findings else [skipped(check.name, end)]
             elif number in self._began:
                 found.append(silent(check.name, f"gave no answer: {end}", check.advice))
             else:

@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
+from typing import TypeVar
 
 from launch.parent_death import PARENT_PID, die_with_parent
 
 EXIT_RAISED = 70
+Answer = TypeVar("Answer")
 _REAP_S = 0.5
 
 
@@ -41,13 +43,13 @@ def fork_child(body: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def ask_child(function: Callable[[], int], timeout_s: float) -> int | None:
+def ask_child(function: Callable[[], Answer], timeout_s: float) -> Answer | None:
     """Return what `function` returns in a process of its own; None if it gave nothing in `timeout_s`."""
     receiver, sender = Pipe(duplex=False)
     with receiver:
         with sender:
             pid = fork_child(lambda: sender.send(function()))
-        answer: int | None = None
+        answer: Answer | None = None
         with contextlib.suppress(EOFError):
             answer = receiver.recv() if receiver.poll(timeout_s) else None
     end_child(pid)

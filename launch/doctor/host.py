@@ -47,7 +47,7 @@ def _open_files(request: DoctorRequest) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_files = len(list(Path(request.config.model.path).glob("*.safetensors")))
     # Each rank opens every file of the checkpoint twice: through the page cache and past it.
-    needed = _FILES + _FILES_OF_A_RANK * request.num_ranks + 2 * num_files
+    needed = _FILES + _FILES_OF_A_RANK * request.config.parallel.tensor_parallel_size + 2 * num_files
     text = f"a process may open {soft} files (hard limit {hard}); a rank or the coordinator needs {needed}"
     details = {"soft": soft, "hard": hard, "needed": needed}
     if soft < needed:

@@ -34,7 +34,9 @@ def check_memory(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Itera
     config = request.config
     try:
         config = resolve_rank_weights(config, look=lambda: devices)
-        memory = memory_of_ranks(devices, request.num_ranks, config.parallel.allow_shared_gpu)
+        memory = memory_of_ranks(
+            devices, config.parallel.tensor_parallel_size, config.parallel.allow_shared_gpu
+        )
         planned = plan_deployment(config, memory)
     except (CheckpointError, UnsupportedModelError, ShardPlanError):
         yield skipped("memory", "the model cannot be planned: see model")
@@ -42,25 +44,26 @@ def check_memory(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Itera
     except ConfigError as error:
         yield refused("memory", error, "change the setting that is named")
         return
-    yield _judge_cpu(request, planned) if planned.device == "cpu" else _judge_cuda(planned)
+    yield _judge_cpu(request, planned) if planned.device == "cpu" else _judge_cuda(request, planned)
     yield _attention(request, planned)
 
 
-def _judge_cuda(planned: DeploymentPlan) -> Finding:
+def _judge_cuda(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
     if planned.num_blocks is None:
         why = "no CUDA device to plan for: tprt plan with --memory-gib tells what fits"
         return skipped("memory", why)
     ranks = [
         f"rank {rank.shard.rank} {gib(rank.weight_bytes)} of weights"
         f" on {gib(0 if rank.budget is None else rank.budget.total)}"
-        for rank in planned.ranks
+        for rank in (planned.ranks[number] for number in request.ranks)
     ]
     return _judge_blocks(planned, ", ".join(ranks))
 
 
 def _judge_cpu(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
-    weights = sum(rank.weight_bytes for rank in planned.ranks)
-    blocks = sum(rank.kv_bytes_per_token * (planned.num_tokens or 0) for rank in planned.ranks)
+    ranks = [planned.ranks[rank] for rank in request.ranks]
+    weights = sum(rank.weight_bytes for rank in ranks)
+    blocks = sum(rank.kv_bytes_per_token * (planned.num_tokens or 0) for rank in ranks)
     others = own_bytes(request) + _PROCESS_BYTES * (request.num_ranks + 1)
     needed, there = weights + blocks + others, available_bytes()
     text = (

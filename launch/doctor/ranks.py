@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from launch.devices import choose_all_reduce, place_on_gpu, prepare_shared_memory
+from launch.devices import are_gpus_linked, choose_all_reduce, place_on_gpu, prepare_shared_memory
 from launch.doctor.finding import Finding, bad, ok, refused, silent, skipped, warning
 from launch.doctor.forked import ask_child
+from launch.doctor.hosts import interface_of
 from launch.doctor.request import DoctorRequest
 from launch.doctor.trial import LEAST_S, Trial
-from launch.rank_specs import LOOPBACK
 from launch.run_dir import RunDir
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
@@ -32,33 +33,54 @@ _FIXES: dict[CollectiveBackend, str] = {
 
 
 def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
-    """Sum over all ranks by the backend of the deployment, then over fewer, then by others for CPU ranks."""
+    """Sum by the backend of the deployment over all ranks and over fewer, then by others for CPU ranks."""
     if request.num_ranks == 1:
         yield skipped(_NAME, "one rank has nobody to sum with")
         return
-    parallel = request.config.parallel
-    num_gpus, any_shared = 0, False
+    num_gpus, are_linked = 0, False
     if request.expects_cuda:
-        num_gpus = ask_child(torch.cuda.device_count, request.left_s(_LONGEST_S)) or 0
+        look = partial(_look_at_gpus, request.num_ranks)
+        num_gpus, are_linked = ask_child(look, request.left_s(_LONGEST_S)) or (0, False)
     try:
-        if num_gpus or request.config.runtime.device == "cuda":
-            last = request.num_ranks - 1
-            any_shared = place_on_gpu(last, request.num_ranks, num_gpus, parallel.allow_shared_gpu).any_shared
-        used = choose_all_reduce(parallel.all_reduce, "cuda" if num_gpus else "cpu", any_shared)
-    except ConfigError as error:
-        yield refused(_NAME, error, "set parallel.all_reduce: auto")
+        used = _choose(request, num_gpus, are_linked)
+        os.environ["GLOO_SOCKET_IFNAME"] = interface_of(request.config.hosts)
+    except (ConfigError, OSError) as error:
+        yield refused(_NAME, error, "set parallel.all_reduce: auto, and hosts.rdzv_endpoint to a known address")
         return
-    os.environ["GLOO_SOCKET_IFNAME"] = LOOPBACK
-    prepare_shared_memory(parallel)
+    prepare_shared_memory(request.config.parallel)
     run_dir = RunDir.create(is_trial=True)
     try:
-        trial = Trial(used, num_gpus, run_dir.path)
-        yield from _try_used(trial, request)
+        yield from _try_used(Trial(used, num_gpus, run_dir.path), request)
+        if used == "symm_mem" and num_gpus >= request.num_ranks:
+            # It carries what symm_mem does not.
+            yield from _try_used(Trial("nccl", num_gpus, run_dir.path), request)
         for other in _ON_CPU:
             if other != used:
                 yield _try_other(Trial(other, 0, run_dir.path), request)
     finally:
         run_dir.remove()
+
+
+def _look_at_gpus(num_ranks: int) -> tuple[int, bool]:
+    """Return how many GPUs this process sees, and whether those of the ranks are linked."""
+    num_gpus = torch.cuda.device_count()
+    if num_gpus:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    return num_gpus, num_gpus > 0 and are_gpus_linked(min(num_ranks, num_gpus))
+
+
+def _choose(request: DoctorRequest, num_gpus: int, are_linked: bool) -> CollectiveBackend:
+    """Return what the ranks will sum by.
+
+    Raises:
+        ConfigError: it does not work for these ranks.
+    """
+    parallel, any_shared = request.config.parallel, False
+    if num_gpus or request.config.runtime.device == "cuda":
+        last = request.num_ranks - 1
+        any_shared = place_on_gpu(last, request.num_ranks, num_gpus, parallel.allow_shared_gpu).any_shared
+    device = "cuda" if num_gpus else "cpu"
+    return choose_all_reduce(parallel.all_reduce, device, any_shared, are_linked, request.is_spread)
 
 
 def _try_used(trial: Trial, request: DoctorRequest) -> Iterator[Finding]:

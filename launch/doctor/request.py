@@ -33,7 +33,17 @@ class DoctorRequest:
     @property
     def num_ranks(self) -> int:
         """The ranks of this host."""
-        return self.config.parallel.tensor_parallel_size
+        return len(self.ranks)
+
+    @property
+    def ranks(self) -> range:
+        """The numbers of the ranks of this host."""
+        return self.config.ranks_of(self.config.hosts.node_rank)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether there are ranks on other hosts."""
+        return self.config.hosts.nnodes > 1
 
     @property
     def expects_cuda(self) -> bool:

@@ -51,7 +51,8 @@ def own_bytes(request: DoctorRequest) -> int:
     """Return the bytes that coordinator and ranks share: rings, collectives, the exchange of a start."""
     num_ranks = request.num_ranks
     rings = DEFAULT_STEPS.total_bytes(num_ranks) + DEFAULT_OUTPUTS.total_bytes(1)
-    sums_there = num_ranks > 1 and not request.expects_cuda and request.config.parallel.all_reduce != "gloo"
+    is_alone = num_ranks > 1 and not request.is_spread
+    sums_there = is_alone and not request.expects_cuda and request.config.parallel.all_reduce != "gloo"
     return rings + exchange_bytes(num_ranks) + (group_bytes(num_ranks) if sums_there else 0)
 
 

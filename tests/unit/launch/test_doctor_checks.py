@@ -20,10 +20,11 @@ from launch.doctor.devices import check_devices
 from launch.doctor.disk import check_disk, find_mount
 from launch.doctor.finding import Verdict, bad, silent
 from launch.doctor.host import check_host
+from launch.doctor.hosts import check_hosts, interface_of
 from launch.doctor.model import check_model
-from launch.doctor.network import check_other_hosts, check_server
+from launch.doctor.network import check_server
 from launch.doctor.ranks import check_all_reduce
-from launch.doctor.request import parse_host
+from launch.doctor.request import DoctorRequest, parse_host
 from launch.doctor.shared_memory import check_shared_memory, own_bytes
 from launch.doctor.versions import check_torch, check_versions
 from tests.support.checkpoints import TinyModel, save_tiny
@@ -221,23 +222,60 @@ def test_an_occupied_port_is_named_with_who_holds_it() -> None:
 
 def test_an_address_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TPRT_API_KEY", raising=False)
-    monkeypatch.delenv("MASTER_PORT", raising=False)
     row = run_check(check_server, request_for(server={"host": "0.0.0.0", "port": 0}))["server"]
     assert (row.verdict, row.fix.startswith("set $TPRT_API_KEY")) == (Verdict.BAD, True)
 
 
-def test_an_occupied_rendezvous_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    request = request_for(server={"port": 0})
+def spread(port: int, **hosts: object) -> DoctorRequest:
+    """Return a request about a deployment of two hosts that meet at `port` of this one."""
+    endpoint = {"nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{port}"}
+    return request_for(parallel={"tensor_parallel_size": 2}, hosts=endpoint | hosts, server={"port": 0})
+
+
+def test_where_hosts_meet_must_be_free_on_the_first_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPRT_HOSTS_SECRET", "0123456789abcdef")
     with socket.create_server(("127.0.0.1", 0)) as other:
-        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
-        row = run_check(check_server, request)["rendezvous"]
+        port = other.getsockname()[1]
+        row = run_check(check_hosts, spread(port))["rendezvous"]
     assert (row.verdict, f"(pid {os.getpid()})" in row.found) == (Verdict.BAD, True)
-    assert "$MASTER_PORT" in row.fix
-    assert run_check(check_server, request)["rendezvous"].verdict is Verdict.OK
-    # of the range that is kept for examples (RFC 5737)
-    monkeypatch.setenv("MASTER_ADDR", "203.0.113.7")
-    assert "is no address of this host" in run_check(check_server, request)["rendezvous"].found
+    assert row.fix.startswith("expected an address of this host and a free port")
+    monkeypatch.setenv("TPRT_HOSTS_SECRET", "0123456789abcdef")
+    rows = run_check(check_hosts, spread(port))
+    assert {rows[name].verdict for name in ("rendezvous", "secret", "interface")} == {Verdict.OK}
+    assert rows["interface"].found == "ranks of several hosts use lo"
+
+
+def test_another_host_reaches_the_first_or_is_told_that_it_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        assert run_check(check_hosts, spread(port, node_rank=1))["rendezvous"].verdict is Verdict.OK
+    row = run_check(check_hosts, spread(port, node_rank=1))["rendezvous"]
+    assert (row.verdict, "node rank 0 does not answer" in row.found) == (Verdict.WARNING, True)
+    assert run_check(check_server, spread(port, node_rank=1))["server"].verdict is Verdict.SKIPPED
+
+
+def test_a_missing_secret_and_an_interface_that_is_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TPRT_HOSTS_SECRET", raising=False)
+    rows = run_check(check_hosts, spread(29400, interface="nosuch0", node_rank=1))
+    assert (rows["secret"].verdict, "set hosts.secret_file" in rows["secret"].found) == (Verdict.BAD, True)
+    assert rows["interface"].verdict is Verdict.BAD
+    assert "hosts.interface nosuch0: this host has" in rows["interface"].found
+
+
+def test_a_host_looks_at_its_own_ranks_alone(checkpoint: Path) -> None:
+    hosts = {"nnodes": 2, "rdzv_endpoint": "127.0.0.1:29400", "nproc_per_node": [1, 2], "node_rank": 1}
+    request = request_for(
+        checkpoint,
+        parallel={"tensor_parallel_size": 3},
+        hosts=hosts,
+        runtime={"device": "cpu"},
+        cache={"num_blocks": 64},
+    )
+    assert (request.num_ranks, list(request.ranks)) == (2, [1, 2])
+    assert run_check(check_devices, request)["memory"].verdict is Verdict.OK
+    assert "for 2 ranks" in run_check(check_host, request)["CPUs"].found
+    assert "on 3 ranks" in run_check(check_model, request)["model"].found
+    assert interface_of(request.config.hosts) == "lo"
 
 
 def test_no_answer_is_a_warning_on_a_busy_machine_and_bad_on_an_idle_one(
@@ -259,7 +297,7 @@ def test_other_hosts_are_reached_or_named() -> None:
         unheard.bind(("127.0.0.1", 0))
         there, closed = other.getsockname()[1], unheard.getsockname()[1]
         hosts = (("127.0.0.1", there), ("127.0.0.1", closed), ("nosuch.invalid", 1))
-        rows = run_check(check_other_hosts, replace(request_for(), hosts=hosts))
+        rows = run_check(check_hosts, replace(request_for(), hosts=hosts))
     assert rows[f"host 127.0.0.1:{there}"].verdict is Verdict.OK
     assert "Connection refused" in rows[f"host 127.0.0.1:{closed}"].found
     assert "the name is not known" in rows["host nosuch.invalid:1"].found
