@@ -21,7 +21,7 @@ from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult
 from tprt.coordinator.scheduler import Scheduler
 from tprt.distributed.local import make_local_groups
-from tprt.messages import AddRequest, PromptLogprobs, SamplingParams, StepInput, StepOutput
+from tprt.messages import AddRequest, PromptLogprobs, SamplingParams, ScoredStepOutput, StepInput, StepOutput
 from tprt.worker.model_runner import ModelRunner
 from tprt.worker.output_transfer import PendingOutput
 
@@ -68,7 +68,8 @@ class _Launched:
         outputs = [output.wait() for output in self.outputs]
         for output in outputs[1:]:
             assert output.token_ids.tolist() == outputs[0].token_ids.tolist(), "ranks chose different tokens"
-            assert output.prompt_logprobs.tolist() == outputs[0].prompt_logprobs.tolist(), "ranks differ"
+            if isinstance(output, ScoredStepOutput):
+                assert output.prompt_logprobs.tolist() == outputs[0].prompt_logprobs.tolist(), "ranks differ"
         return outputs[0]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tprt.coordinator.sequence import SequenceTable, Slots
-from tprt.messages import Int32Array, PromptLogprobs, StepInput, StepOutput
+from tprt.messages import Int32Array, PromptLogprobs, ScoredStepOutput, StepInput, StepOutput
 
 
 def gather_prompt_rows(
@@ -59,6 +59,7 @@ def take_prompt_logprobs(
 
     Sequences that ended before the step did get nothing.
     """
+    assert isinstance(output, ScoredStepOutput), "an output without log-probabilities of prompts"
     assert len(output.prompt_logprobs) == len(scored_slots), "an output of the wrong length"
     firsts = np.flatnonzero(np.diff(scored_slots, prepend=-1)).tolist()
     news = []
@@ -70,7 +71,7 @@ def take_prompt_logprobs(
     return tuple(news)
 
 
-def _cut(table: SequenceTable, slot: int, output: StepOutput, rows: slice) -> PromptLogprobs:
+def _cut(table: SequenceTable, slot: int, output: ScoredStepOutput, rows: slice) -> PromptLogprobs:
     sequence = table.sequence(slot)
     num_top = sequence.sampling.prompt_logprobs or 0
     shape = (len(output.prompt_logprobs), output.num_prompt_top)

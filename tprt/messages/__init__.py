@@ -24,7 +24,7 @@ from tprt.messages.requests import (
     Shutdown,
 )
 from tprt.messages.sampling import MAX_GRAMMAR_CHARS, MAX_LOGPROBS, Grammar, SamplingParams
-from tprt.messages.steps import StepInput, StepOutput
+from tprt.messages.steps import ScoredStepOutput, StepInput, StepOutput
 from tprt.messages.workers import (
     EndGroup,
     GroupEnded,
@@ -43,6 +43,7 @@ Message = (
     | Shutdown
     | StepInput
     | StepOutput
+    | ScoredStepOutput
     | RequestOutput
     | PromptLogprobs
     | RequestFailed
@@ -82,6 +83,7 @@ __all__ = [
     "RequestFailed",
     "RequestOutput",
     "SamplingParams",
+    "ScoredStepOutput",
     "Shutdown",
     "StartGroup",
     "StepInput",

@@ -86,9 +86,6 @@ class StepOutput:
         logprobs: `[n]` their log-probabilities, or empty when no sequence wants any.
         top_token_ids, top_logprobs: `[n * num_top]` most likely tokens, best first.
         num_top: entries per sequence in the two arrays above.
-        prompt_logprobs: `[R]` log-probabilities of `StepInput.prompt_row_targets`.
-        prompt_top_token_ids, prompt_top_logprobs: `[R * num_prompt_top]` most likely tokens there, best first.
-        num_prompt_top: as in `StepInput`.
     """
 
     epoch: int
@@ -98,6 +95,18 @@ class StepOutput:
     top_token_ids: Int32Array = field(default_factory=lambda: NO_INT32)
     top_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)
     num_top: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredStepOutput(StepOutput):
+    """The output of a step with prompt rows; a type of its own, so that all others carry nothing for it.
+
+    Attributes:
+        prompt_logprobs: `[R]` log-probabilities of `StepInput.prompt_row_targets`.
+        prompt_top_token_ids, prompt_top_logprobs: `[R * num_prompt_top]` most likely tokens there, best first.
+        num_prompt_top: as in `StepInput`.
+    """
+
     prompt_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)
     prompt_top_token_ids: Int32Array = field(default_factory=lambda: NO_INT32)
     prompt_top_logprobs: Float32Array = field(default_factory=lambda: NO_FLOAT32)

@@ -142,7 +142,8 @@ def _read_header(header: bytes | memoryview) -> tuple[FieldPlan, object, tuple[i
     if (
         type(lengths) is not tuple
         or len(lengths) != len(plan.dtypes)
-        or not all(type(length) is int and length >= 0 for length in lengths)
+        # Most columns of most messages are empty.
+        or not all(type(length) is int and length > 0 for length in lengths if length != 0)
     ):
         raise TransportError(
             f"{plan.name} with column lengths {_excerpt(lengths)}; expected {len(plan.dtypes)} counts"

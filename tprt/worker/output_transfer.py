@@ -5,13 +5,11 @@ Knows nothing of how tokens are chosen.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from tprt.layers.sampler import Sampled
-from tprt.messages import StepInput, StepOutput
+from tprt.messages import ScoredStepOutput, StepInput, StepOutput
 
 # One step is waited for while the next is begun.
 _NUM_BUFFERS = 3
@@ -96,8 +94,14 @@ def _with_prompt(output: StepOutput, prompt: Sampled) -> StepOutput:
     assert prompt.logprobs is not None
     assert prompt.top_token_ids is not None
     assert prompt.top_logprobs is not None
-    return replace(
-        output,
+    return ScoredStepOutput(
+        epoch=output.epoch,
+        step=output.step,
+        token_ids=output.token_ids,
+        logprobs=output.logprobs,
+        top_token_ids=output.top_token_ids,
+        top_logprobs=output.top_logprobs,
+        num_top=output.num_top,
         prompt_logprobs=prompt.logprobs.numpy(),
         prompt_top_token_ids=prompt.top_token_ids.to(torch.int32).numpy().ravel(),
         prompt_top_logprobs=prompt.top_logprobs.numpy().ravel(),

@@ -9,7 +9,7 @@ import numpy as np
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult
 from tprt.coordinator.scheduler import Scheduler
-from tprt.messages import AddRequest, SamplingParams, StepInput, StepOutput
+from tprt.messages import AddRequest, SamplingParams, ScoredStepOutput, StepInput
 
 EOS = 2
 LIMITS = SchedulerLimits(
@@ -34,7 +34,7 @@ def answer(scheduler: Scheduler, step: StepInput, token_id: int = 50) -> StepRes
     tokens = np.full(int(step.samples.sum()), token_id, np.int32)
     num_top, scores = step.num_prompt_top, -step.prompt_row_targets.astype(np.float32)
     best = np.tile(np.arange(num_top, dtype=np.int32), len(scores))
-    output = StepOutput(
+    output = ScoredStepOutput(
         epoch=step.epoch,
         step=step.step,
         token_ids=tokens,

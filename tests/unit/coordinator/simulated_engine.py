@@ -18,7 +18,7 @@ from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.result import StepResult
 from tprt.coordinator.scheduler import Scheduler
-from tprt.messages import AddRequest, FinishReason, SamplingParams, StepInput, StepOutput
+from tprt.messages import AddRequest, FinishReason, SamplingParams, ScoredStepOutput, StepInput, StepOutput
 from tprt.sharding import Range
 from tprt.worker.adjustment_input import make_adjustments
 
@@ -150,7 +150,7 @@ class SimulatedWorker:
         self._last_tokens.update(zip(step.seq_slots[step.samples == 1].tolist(), sampled, strict=True))
         targets = step.prompt_row_targets.tolist()
         scored = zip(step.prompt_rows.tolist(), targets, strict=True)
-        return StepOutput(
+        return ScoredStepOutput(
             epoch=step.epoch,
             step=step.step,
             token_ids=np.array(sampled, np.int32),

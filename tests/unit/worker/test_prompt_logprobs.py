@@ -14,7 +14,7 @@ from tests.support.checkpoints import TinyModel, reference_logits, save_tiny
 from tests.support.local_engine import LocalEngine, make_config
 from tprt.coordinator.kv_allocation import KVAllocation
 from tprt.coordinator.sequence import Sequence
-from tprt.messages import SamplingParams, StepInput
+from tprt.messages import SamplingParams, ScoredStepOutput, StepInput
 
 PROMPT = [5 + index * 7 % 190 for index in range(30)]
 OTHER = [42, 43, 44]
@@ -63,7 +63,8 @@ def test_a_rank_computes_the_rows_that_a_step_names(saved: tuple[Path, PreTraine
         (runner,) = engine.runners
         without, output = runner.execute(plain), runner.execute(step)
     assert output.token_ids.tolist() == without.token_ids.tolist()
-    assert len(without.prompt_logprobs) == 0
+    assert not isinstance(without, ScoredStepOutput)
+    assert isinstance(output, ScoredStepOutput)
     expected = reference_logits(model, PROMPT)[rows].log_softmax(dim=-1)
     chosen = expected.gather(1, torch.tensor(PROMPT[4:]).unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(torch.from_numpy(output.prompt_logprobs), chosen, atol=1e-4, rtol=0)
@@ -84,6 +85,7 @@ def test_a_step_of_nothing_but_a_chunk_brings_its_rows(saved: tuple[Path, PreTra
     )
     with LocalEngine(make_config(folder)) as engine:
         output = engine.runners[0].execute(step)
+    assert isinstance(output, ScoredStepOutput)
     assert len(output.token_ids) == 0
     assert len(output.prompt_logprobs) == 2
     assert (output.prompt_logprobs < 0).all()
