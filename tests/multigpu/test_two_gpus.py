@@ -77,7 +77,7 @@ def test_ranks_on_gpus_of_their_own_sum_and_gather_exactly(tmp_path: Path) -> No
         folder = tmp_path / str(world_size)
         folder.mkdir()
         limits = run_checks(folder, world_size)
-        assert 0 < limits.one_shot_bytes < limits.two_shot_bytes
+        assert 0 < limits.one_shot_bytes <= limits.two_shot_bytes
 
 
 def test_the_bench_measures_nccl_beside() -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ONE_SHOT, TWO_SHOT = AllReduceLimits(NO_LIMIT, NO_LIMIT), AllReduceLimits(0, NO_LIMIT)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Some are no multiple of what a thread reads, of a program's tile, or of a half.
-SIZES = (1, 7, 576, 4608, 12_293, 100_003, HALF_BYTES // 2 + 24)
+SIZES = (1, 7, 576, 4608, 12_293, 32_768, 32_770, 100_003, HALF_BYTES // 2 + 24)
 
 
 def parts_of(world_size: int, size: int, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:

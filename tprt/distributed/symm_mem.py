@@ -55,6 +55,7 @@ class SymmMemCollectives:
     ) -> None:
         # Triton is there where CUDA is.
         from tprt.distributed import symm_mem_kernels as kernels
+        from tprt.distributed import symm_mem_words as words
 
         world_size = len(devices)
         if world_size > kernels.MAX_WORLD_SIZE:
@@ -66,14 +67,17 @@ class SymmMemCollectives:
         self.device = device
         self.group = group
         self._kernels = kernels
+        self._words = words
         # Held, because the addresses are good for as long.
-        self._memory, self._handle = _share(kernels.FLAG_BYTES + 2 * HALF_BYTES, device)
+        words_offset = kernels.FLAG_BYTES + 2 * HALF_BYTES
+        self._memory, self._handle = _share(words_offset + words.words_bytes(world_size), device)
         self._halves = kernels.SharedHalves(
             rank=rank,
             world_size=world_size,
             addresses=torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64, device=device),
             counts=torch.zeros(kernels.NUM_PROGRAMS, dtype=torch.int64, device=device),
             half_bytes=HALF_BYTES,
+            words_offset=words_offset,
             timeout_ns=int(timeout_s * 1e9),
         )
         # Nobody posts to flags that are not cleared yet.
@@ -90,6 +94,9 @@ class SymmMemCollectives:
 
     def sum_one_shot(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` in place, every rank all of it; return it."""
+        if self._words.can_sum_words(tensor):
+            self._words.sum_words(tensor, self._halves)
+            return tensor
         return self._in_pieces(tensor, self._kernels.sum_one_shot)
 
     def sum_two_shot(self, tensor: Tensor) -> Tensor:

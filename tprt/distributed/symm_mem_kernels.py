@@ -1,9 +1,10 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 """Sums and gathers over memory that every rank can read, each as one Triton kernel.
 
-Memory of a rank: flags, then two halves for data. A call stages its tensor in one half, meets its peers, and
-reads theirs. Calls take turns with the halves, which makes one meeting per call enough: who writes into a half
-has been through the call in between, which every peer began after it was done with that half.
+Memory of a rank: flags, two halves for data, and words for small sums (`symm_mem_words`). A call stages its
+tensor in one half, meets its peers, and reads theirs. Calls take turns with the halves, which makes one meeting
+per call enough: who writes into a half has been through the call in between, which every peer began once it was
+done with that half. So no call may be without one; there is none for an empty tensor.
 
 Programs of one number meet, `NUM_PROGRAMS` of them in every launch, each with a count of its calls on the
 device: it says which half it is and what the flags must reach. So a captured graph can be replayed, and calls
@@ -32,6 +33,7 @@ FLAG_BYTES = NUM_PROGRAMS * MAX_WORLD_SIZE * 8
 _FLAG_BYTES = tl.constexpr(FLAG_BYTES)
 _VECTOR_BYTES = 16
 _FEW_WARPS, _MANY_WARPS = 8, 16
+_MANY_BYTES = 512 * 1024
 _SCALARS = ["rank", "half_bytes", "timeout_ns"]
 
 
@@ -45,6 +47,7 @@ class SharedHalves:
         addresses: `[world_size]` int64 on the device: where each rank's memory begins.
         counts: `[NUM_PROGRAMS]` int64 on the device, zeros at first: calls of this rank's programs.
         half_bytes: size of a half, a multiple of 16.
+        words_offset: where the words of `symm_mem_words` begin in each rank's memory.
         timeout_ns: longest wait for a peer.
     """
 
@@ -53,7 +56,21 @@ class SharedHalves:
     addresses: Tensor
     counts: Tensor
     half_bytes: int
+    words_offset: int
     timeout_ns: int
+
+
+@triton.jit
+def now_ns():
+    """Return the nanoseconds of a clock that runs on."""
+    return globaltimer()
+
+
+@triton.jit
+def stop_if_late(started_ns, timeout_ns):
+    """Stop this process's work on the device, with an error, if it is `timeout_ns` past `started_ns`."""
+    if globaltimer() - started_ns > timeout_ns:
+        tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -68,13 +85,12 @@ def _meet(  # noqa: PLR0913
     tl.debug_barrier()
     tl.atomic_xchg(there, tl.zeros((lanes,), tl.int64) + value, mask=real, sem="release", scope="sys")
     here = tl.load(addresses + rank).to(tl.pointer_type(tl.int64)) + program * world_size
-    started_ns = globaltimer()
+    started_ns = now_ns()
     missing = tl.sum(real.to(tl.int32), 0)
     while missing > 0:
         seen = tl.load(here + peer, mask=real, other=value, volatile=True)
         missing = tl.sum((seen < value).to(tl.int32), 0)
-        if globaltimer() - started_ns > timeout_ns:
-            tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        stop_if_late(started_ns, timeout_ns)
     tl.inline_asm_elementwise(
         "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -215,7 +231,8 @@ def _gather_kernel(  # noqa: PLR0913
 
 def sum_one_shot(flat: Tensor, halves: SharedHalves) -> None:
     """Sum `flat` `[n]`, contiguous and no larger than a half, over all ranks, in place; best for small ones."""
-    _launch(_sum_one_shot_kernel, _FEW_WARPS, flat, (flat, flat.numel()), halves)
+    num_warps = _FEW_WARPS if flat.nbytes <= _MANY_BYTES else _MANY_WARPS
+    _launch(_sum_one_shot_kernel, num_warps, flat, (flat, flat.numel()), halves)
 
 
 def sum_two_shot(flat: Tensor, halves: SharedHalves) -> None:

@@ -20,7 +20,7 @@ from tprt.log import get_logger
 
 _LOG = get_logger(__name__)
 # Measured with these; a change to the kernels is a new version.
-_VERSION = 2
+_VERSION = 3
 _SIZES = tuple(4**power * 1024 for power in range(1, 9))
 _CALLS = 10
 _LARGE_CALLS = 3
@@ -77,9 +77,10 @@ def _keep(file: LimitsFile, limits: AllReduceLimits, times: list[SumTimes]) -> N
 
 
 def _compile(collectives: SymmMemCollectives) -> None:
-    """Run both kernels once, so that what is compiled for every start is not counted here."""
-    tensor = torch.zeros(_SIZES[0] // 2, dtype=torch.bfloat16, device=collectives.device)
-    collectives.sum_two_shot(collectives.sum_one_shot(tensor))
+    """Sum once as small and as large as later on, so that what is compiled for every start is not counted."""
+    for num_bytes in _SIZES:
+        tensor = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=collectives.device)
+        collectives.sum_two_shot(collectives.sum_one_shot(tensor))
     torch.cuda.synchronize(collectives.device)
 
 
