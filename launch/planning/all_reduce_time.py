@@ -2,7 +2,8 @@
 
 Between two measured sizes time is interpolated, beyond the last one it grows with the size. Knows nothing of
 models. The sources: NCCL on 8 x H100, Triton-distributed issue 57 and vLLM pull request 42324; one-shot
-symmetric memory on H100, SGLang pull request 2904; shm and gloo, `tprt bench allreduce` on two CPU cores.
+symmetric memory on 4 and 8 H100, SGLang pull request 2904; on two H200, and shm and gloo on two CPU cores,
+`tprt bench allreduce`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _NCCL: Curve = (
 _CURVES: Mapping[str, Mapping[int, Curve]] = {
     "nccl": {2: _NCCL},
     "symm_mem": {
-        2: ((4 * _KIB, 3.9), (32 * _KIB, 4.5), (256 * _KIB, 7.9), (512 * _KIB, 12.5), (_MIB, 19.9)),
+        2: (
+            *((_KIB, 2.5), (4 * _KIB, 2.8), (16 * _KIB, 2.9), (64 * _KIB, 3.2), (256 * _KIB, 8.3)),
+            *((_MIB, 11.2), (4 * _MIB, 22.6), (16 * _MIB, 68.7)),
+        ),
         4: ((4 * _KIB, 4.8), (32 * _KIB, 4.8), (256 * _KIB, 13.9), (512 * _KIB, 20.2), (_MIB, 31.1)),
         8: ((4 * _KIB, 5.9), (32 * _KIB, 7.8), (256 * _KIB, 16.7), (512 * _KIB, 22.1), (_MIB, 33.8)),
     },
@@ -38,7 +42,7 @@ _CURVES: Mapping[str, Mapping[int, Curve]] = {
 }
 SOURCES: Mapping[str, str] = {
     "nccl": "NCCL as seen on H100 with NVLink",
-    "symm_mem": "one-shot symmetric memory as seen on H100 with NVLink",
+    "symm_mem": "symmetric memory as seen with NVLink: ours on two H200, others' in one shot on 4 and 8 H100",
     "shm": "shared memory as seen on two CPU cores",
     "gloo": "gloo as seen on two CPU cores",
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.cuda_devices import CudaDevice
-from launch.devices import choose_all_reduce
+from launch.devices import are_gpus_linked, choose_all_reduce
 from launch.planning.all_reduce_time import SOURCES, all_reduce_us
 from launch.planning.bandwidth import SHARE_OF_PEAK, measure_cpu_gbs, peak_gbs
 from launch.planning.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer
@@ -106,7 +106,12 @@ def _machine(
     bandwidth_gbs, bandwidth_from = _bandwidth(device.type, options.bandwidth_gbs, devices)
     shared = " shared by all ranks" if device.type == "cpu" else ""
     is_spread = config.hosts.nnodes > 1
-    backend = choose_all_reduce(config.parallel.all_reduce, device.type, is_spread=is_spread)
+    num_ranks = config.parallel.tensor_parallel_size
+    # Devices that this host has not cannot be asked.
+    are_linked = are_gpus_linked(num_ranks) if num_ranks <= len(devices) else None
+    backend = choose_all_reduce(
+        config.parallel.all_reduce, device.type, are_linked=are_linked, is_spread=is_spread
+    )
     machine = Machine(
         bandwidth_gbs=bandwidth_gbs,
         shares_memory=device.type == "cpu",

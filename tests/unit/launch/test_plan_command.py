@@ -11,6 +11,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from launch.cuda_devices import CudaDevice
 from launch.planning.command import plan
 from tests.support.checkpoint_layouts import QWEN3_600M
 from tprt.errors import ConfigError
@@ -88,6 +89,28 @@ def test_what_is_assumed_of_the_devices_can_be_given(run: Plan) -> None:
     one, two = given["decode"]["times"][:2]
     assert one["read_ms"] == pytest.approx(596_000_000 * 2 / 100e9 * 1e3, rel=0.01)
     assert two["all_reduce_ms"] == pytest.approx((2 * 28 + 2) * 0.007, abs=1e-4)
+
+
+def test_an_all_reduce_is_planned_with_as_the_links_of_this_hosts_gpus_will_have_it(
+    run: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = ("--set", "parallel.tensor_parallel_size=2", "--memory-gib", "80", "--bandwidth-gbs", "3000")
+    assert "the time of: NCCL as seen" in run(*two)
+    gpus = [CudaDevice("NVIDIA H200", 2**37, 2**37)] * 2
+    monkeypatch.setattr("launch.cuda_devices.look_at_devices", lambda: gpus)
+    for are_linked, words in (
+        (True, "the time of: symmetric memory as seen"),
+        (False, "the time of: NCCL as seen"),
+    ):
+        asked: list[int] = []
+
+        def ask(num_gpus: int, answer: bool = are_linked, asked: list[int] = asked) -> bool:
+            asked.append(num_gpus)
+            return answer
+
+        monkeypatch.setattr("launch.planning.decode.are_gpus_linked", ask)
+        assert words in " ".join(run(*two).split())
+        assert asked == [2]
 
 
 def test_weights_are_fitted_to_the_memory_that_is_given(run: Plan) -> None:
