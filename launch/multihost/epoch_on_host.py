@@ -24,6 +24,7 @@ from launch.run_dir import heartbeats_path
 from tprt.config import Config
 from tprt.coordinator.cause import Cause, CauseKind, first_cause
 from tprt.errors import TransportError
+from tprt.transport.heartbeat import HeartbeatReader, Phase
 from tprt.transport.heartbeat_relay import BeatExporter
 
 _BEATS = 10
@@ -58,7 +59,7 @@ class EpochOnHost:
             if self._has_ended_in_order():
                 self._lane.send(pack(DONE))
                 return ""
-        return why
+        return "" if self._was_told_to_end() else why
 
     def end(self) -> None:
         """Kill what runs; idempotent."""
@@ -98,6 +99,15 @@ class EpochOnHost:
     def _has_ended_in_order(self) -> bool:
         group = self._group
         return group is not None and all(child.exit_code == 0 for child in group.children)
+
+    def _was_told_to_end(self) -> bool:
+        """Tell whether the deployment ends in order, and these ranks have not come to their end in time."""
+        if self._group is None or any(child.exit_code for child in self._group.children):
+            return False
+        reader = HeartbeatReader.open(heartbeats_path(self._run_dir, self._group.epoch))
+        beats = reader.read()
+        reader.close()
+        return all(beats[child.rank or 0].phase == Phase.SHUTDOWN for child in self._group.children)
 
     def _wait(self) -> set[int]:
         """Return the descriptors that have something, or none once a sign of life is due."""

@@ -25,7 +25,7 @@ _LOG = get_logger(__name__)
 # Signs of life within the time after which a host is lost, and how much of it may pass without one, so that
 # people learn of it before that time is over.
 _BEATS = 10
-_PATIENCE = 0.9
+_PATIENCE = 0.8
 
 
 class HostKeeper:
