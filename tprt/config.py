@@ -112,7 +112,7 @@ class RuntimeConfig(_Section):
     attention_backend: Literal["auto", "flash_attn_3", "flash_attn", "triton", "sdpa"] = "auto"
     """Attention kernels; auto takes the first of these that works on the device, and sdpa on a CPU."""
     enforce_eager: bool = False
-    """Launch kernels one by one, never from a captured CUDA graph; so far no graph is captured anywhere."""
+    """Launch kernels one by one, never from a captured CUDA graph."""
     num_threads: PositiveInt | None = None
     """CPU threads of each rank; none: the machine's cores divided by the ranks on it."""
 
