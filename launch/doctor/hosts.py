@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.network import holder_of
@@ -55,9 +54,9 @@ def _listening(hosts: HostsConfig) -> Finding:
     try:
         listen(hosts).close()
     except ConfigError as error:
-        finding = refused("rendezvous", error, "set hosts.rdzv_endpoint")
         holder = holder_of(split_endpoint(hosts.rdzv_endpoint)[1])
-        return replace(finding, found=f"{finding.found}; held by {holder}") if holder else finding
+        fix = "set hosts.rdzv_endpoint to an address of this host and a free port, the same on all hosts"
+        return bad("rendezvous", f"{error}{f'; held by {holder}' if holder else ''}", fix)
     return ok("rendezvous", f"{hosts.rdzv_endpoint} is free")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from launch.checkpoint_tokenizer import open_tokenizer
-from launch.doctor.finding import Finding, ok, refused, warning
+from launch.doctor.finding import Finding, bad, ok, refused, warning
 from launch.doctor.request import DoctorRequest
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
@@ -34,11 +34,12 @@ def _split(config: Config, checkpoint: CheckpointConfig) -> Finding:
     try:
         plan = make_shard_plan(shape, num_ranks, weights)
     except ShardPlanError as error:
-        return refused("model", error, f"set parallel.tensor_parallel_size to one of {legal[0]} to {legal[-1]}")
+        fix = f"set parallel.tensor_parallel_size to {legal[0]} to {legal[-1]}, or change rank_weights"
+        return bad("model", str(error), fix)
     try:
         max_model_len = resolve_max_model_len(checkpoint, config.model.max_model_len)
     except ConfigError as error:
-        return refused("model", error, "lower model.max_model_len")
+        return bad("model", str(error), "lower model.max_model_len, or leave it out")
     heads = _sum([shard.q_heads.size for shard in plan.shards])
     kv_heads = _sum([shard.kv_heads.size for shard in plan.shards])
     return ok(

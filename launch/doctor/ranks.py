@@ -97,14 +97,15 @@ def _try_used(trial: Trial, request: DoctorRequest) -> Iterator[Finding]:
     _, problem = next(groups)
     seconds = time.monotonic() - began_s
     if problem:
-        groups.close()
         yield silent(name, problem, fix) if seconds >= timeout_s else bad(name, problem, fix)
+        groups.close()
         groups = trial.run(smaller, request.left_s(_LONGEST_S))
     else:
         text = f"{num_ranks} ranks met and summed in {seconds:.1f} s"
         yield ok(name, text, world_size=num_ranks, seconds=round(seconds, 3))
     if smaller:
         yield _smaller_groups(f"{name}, fewer", dict(groups), len(smaller), fix)
+    groups.close()
 
 
 def _smaller_groups(name: str, problems: dict[int, str], num_sizes: int, fix: str) -> Finding:

@@ -57,22 +57,23 @@ class Trial:
 
     def play(self, rank: int, sizes: Sequence[int], end_s: float, connection: Connection) -> None:
         """Be a rank: say of each group what went wrong."""
-        torch.set_num_threads(1)
-        device = torch.device("cpu")
-        if self.num_gpus:
-            device = torch.device("cuda", gpu_in_turn(rank, max(sizes), self.num_gpus)[0])
-            torch.cuda.set_device(device)
-        for size in sizes:
-            if rank < size:
-                try:
-                    problem = self._sum(rank, size, device, end_s)
-                except Exception as error:  # noqa: BLE001 - the outermost frame
-                    problem = f"{type(error).__name__}: {error}"
-                connection.send(problem)
-                if problem:
-                    break
-        # To end is the signal to others that this rank is lost.
+        try:
+            torch.set_num_threads(1)
+            device = self._take_device(rank, max(sizes))
+            for size in sizes:
+                if rank < size:
+                    connection.send(self._sum(rank, size, device, end_s))
+        except Exception as error:  # noqa: BLE001 - the outermost frame
+            connection.send(f"{type(error).__name__}: {error}")
+        # To end would be the signal to others that this rank is lost.
         signal.pause()
+
+    def _take_device(self, rank: int, num_ranks: int) -> torch.device:
+        if not self.num_gpus:
+            return torch.device("cpu")
+        device = torch.device("cuda", gpu_in_turn(rank, num_ranks, self.num_gpus)[0])
+        torch.cuda.set_device(device)
+        return device
 
     def _sum(self, rank: int, size: int, device: torch.device, end_s: float) -> str:
         left_s = max(LEAST_S, end_s - time.monotonic())
