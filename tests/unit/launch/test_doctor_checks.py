@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,6 +208,27 @@ def test_what_is_shared_grows_with_the_ranks_and_is_not_in_dev_shm() -> None:
     assert two > one + 64 * 2**20
     row = run_check(check_shared_memory, request_for(runtime={"device": "cpu"}))["/dev/shm"]
     assert row.details["own"] == one
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "device", "verdict"),
+    [
+        (0.5, "cpu", Verdict.WARNING),
+        (2, "cpu", Verdict.OK),
+        (8, "cuda", Verdict.BAD),
+        (64, "cuda", Verdict.WARNING),
+        (1024, "cuda", Verdict.OK),
+    ],
+)
+def test_shm_must_hold_what_nccl_puts_there_and_little_else(
+    monkeypatch: pytest.MonkeyPatch, free_mib: float, device: str, verdict: Verdict
+) -> None:
+    size = int(free_mib * 2**20)
+    found = SimpleNamespace(f_bavail=size, f_blocks=size, f_frsize=1)
+    monkeypatch.setattr("os.statvfs", lambda path: found)
+    request = request_for(runtime={"device": device}, parallel={"tensor_parallel_size": 4})
+    row = run_check(check_shared_memory, request)["/dev/shm"]
+    assert (row.verdict, "--shm-size" in row.fix) == (verdict, verdict is not Verdict.OK)
 
 
 def test_an_occupied_port_is_named_with_who_holds_it() -> None:
