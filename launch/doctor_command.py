@@ -25,7 +25,7 @@ from launch.program_end import ProgramEnd
 
 EXIT_BAD = 1
 # What it takes to end what hangs and to show the result: on an idle machine, and at most.
-_TO_SHOW_S, _TO_SHOW_MOST_S = 0.8, 2.5
+_TO_SHOW_S, _TO_SHOW_MOST_S = 0.8, 1.8
 _COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.BAD: "bold red", Verdict.SKIPPED: "dim"}
 
 

@@ -74,6 +74,8 @@ class Results:
     def _not_begun(self, check: Check, end: str) -> Finding:
         if check.name == "torch":
             return warning(check.name, f"was not imported yet: {end}", _SLOW_TORCH)
+        if not check.needs_torch:
+            return skipped(check.name, f"was not begun yet: {end}")
         has_torch = any(CHECKS[number].name == "torch" for number in self._began)
         awaited = f"the check of {check.after}" if has_torch else "the import of torch"
         return skipped(check.name, f"waited for {awaited}: {end}")
