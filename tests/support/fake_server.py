@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.testclient import TestClient
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from tprt.config import Config, ModelConfig, ServerConfig
 from tprt.errors import TprtError
-from tprt.messages import EngineReady, EngineStats, FinishReason, SamplingParams
+from tprt.messages import EngineReady, EngineStats, FinishReason, PromptLogprobs, SamplingParams
 from tprt.server.completion import Completion, TokenLogprobs
 from tprt.server.http.app import make_app
 from tprt.server.http.context import ServerContext
@@ -139,10 +140,11 @@ class FakeEngine:
 
     def _score_prompt(self, completion: Completion) -> None:
         num_top = completion.sampling.prompt_logprobs
-        if num_top is not None and not completion.prompt_logprobs:
+        if num_top is not None and not completion.prompt_parts:
             for place, token_id in enumerate(completion.prompt_token_ids[1:]):
-                top = ((7, -0.25), (token_id, -1.0 - place))[:num_top]
-                completion.prompt_logprobs.append(TokenLogprobs(token_id, -1.0 - place, top))
+                arrays = np.array([7, token_id], np.int32), np.array([-0.25, -1.0 - place], np.float32)
+                best = (column[:num_top] for column in arrays)
+                completion.prompt_parts.append(PromptLogprobs(0, arrays[1][1:], *best, num_top=num_top))
 
     def _append(self, completion: Completion, token_id: int) -> None:
         sampling = completion.sampling

@@ -6,10 +6,11 @@ nothing of transport.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tprt.messages import FinishReason, SamplingParams
+from tprt.messages import FinishReason, PromptLogprobs, SamplingParams
 from tprt.server.stop_strings import StopStrings
 from tprt.server.text_streams import TextStream
 from tprt.server.tokenizer import Tokenizer
@@ -44,8 +45,7 @@ class Completion:
         num_cached_tokens: prompt tokens that came from the prefix cache.
         queue_s: how long it waited in the engine before it first ran; None before its first token.
         logprobs: one entry per token when asked for.
-        prompt_logprobs: one entry for each token of the prompt but the first, when asked for; all come before
-            the first token.
+        prompt_parts: what has come of the prompt when it was asked for, all before the first token.
         error: why it was refused, if it was.
     """
 
@@ -57,7 +57,7 @@ class Completion:
     num_cached_tokens: int = 0
     queue_s: float | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_parts: list[PromptLogprobs] = field(default_factory=list)
     error: str | None = None
     _stream: TextStream | None = None
     _stops: StopStrings | None = None
@@ -72,6 +72,15 @@ class Completion:
     def finished(self) -> bool:
         """True once no more tokens come, for whatever reason."""
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """One entry for each token of the prompt but the first, as far as they have come.
+
+        Made anew each time, which takes some microseconds a token.
+        """
+        token_ids = iter(self.prompt_token_ids[1:])
+        return [entry for part in self.prompt_parts for entry in _entries(part, token_ids)]
 
     @property
     def text(self) -> str:
@@ -123,3 +132,12 @@ class Completion:
     def _release(self) -> None:
         if self._stops is not None and (held := self._stops.release()):
             self._released.append(held)
+
+
+def _entries(part: PromptLogprobs, token_ids: Iterator[int]) -> Iterator[TokenLogprobs]:
+    """Yield the entries of the next tokens of a prompt."""
+    shape = (len(part.logprobs), part.num_top)
+    top_ids = part.top_token_ids.reshape(shape).tolist()
+    top_values = part.top_logprobs.reshape(shape).tolist()
+    for value, ids, values in zip(part.logprobs.tolist(), top_ids, top_values, strict=True):
+        yield TokenLogprobs(next(token_ids), value, tuple(zip(ids, values, strict=True)))

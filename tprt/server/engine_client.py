@@ -6,7 +6,7 @@ One client serves one thread. Knows nothing of HTTP and of how the coordinator w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -157,7 +157,7 @@ class EngineClient:
         elif isinstance(message, PromptLogprobs):
             completion = self._running.get(message.request_id)
             if completion is not None:
-                completion.prompt_logprobs += _prompt_logprobs(message, completion)
+                completion.prompt_parts.append(message)
         else:
             raise EngineDeadError(f"the coordinator sent {type(message).__name__}, which no client expects")
 
@@ -192,18 +192,6 @@ class EngineClient:
             self._send(AbortRequest(request_id))
         completion.finish(reason, self._tokenizer)
         del self._running[request_id]
-
-
-def _prompt_logprobs(news: PromptLogprobs, completion: Completion) -> Iterator[TokenLogprobs]:
-    """Yield the entries of the next tokens of the prompt."""
-    first = len(completion.prompt_logprobs) + 1
-    token_ids = completion.prompt_token_ids[first : first + len(news.logprobs)]
-    shape = (len(news.logprobs), news.num_top)
-    tops = zip(
-        news.top_token_ids.reshape(shape).tolist(), news.top_logprobs.reshape(shape).tolist(), strict=True
-    )
-    for token_id, value, top in zip(token_ids, news.logprobs.tolist(), tops, strict=True):
-        yield TokenLogprobs(token_id, value, tuple(zip(*top, strict=True)))
 
 
 def _logprobs(output: RequestOutput, row: int, num_top: int) -> TokenLogprobs:

@@ -7,7 +7,7 @@ more memory than the tokens themselves. Knows nothing of lanes and of how a requ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -36,15 +36,15 @@ class Delta:
         token_ids: the new tokens; their text may come with a later one.
         logprobs: one entry for each of them where they were asked for.
         finish_reason: None while the request runs; nothing comes after one that is not.
-        prompt_logprobs: one entry for each token of the prompt but the first, where the answer has them; who
-            reads the news puts them into the first.
+        prompt: has the log-probabilities of the prompt, where the answer has them; who reads the news puts it
+            into the first.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishName | None
-    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    prompt: Completion | None = None
 
 
 class RequestStream:

@@ -5,11 +5,10 @@ Knows nothing of how it came to be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tprt.server.completion import TokenLogprobs
+from tprt.server.completion import Completion
 from tprt.server.openai.chunk_template import TEXT, ChunkTemplate, StreamExtras
 from tprt.server.openai.generation import Output, finish_name
 from tprt.server.openai.logprobs import (
@@ -24,28 +23,17 @@ if TYPE_CHECKING:
     from tprt.server.async_engine import Delta
 
 
-@dataclass(frozen=True, slots=True)
-class Echo:
-    """What is put before an output: the text of its prompt; log-probabilities begin with its first token."""
-
-    text: str
-    first_token_id: int
-
-
-NO_ECHO = Echo("", -1)
-
-
 def completion_choice(
-    index: int, output: Output, echo: Echo, tokenizer: Tokenizer | None, with_logprobs: bool
+    index: int, output: Output, echoed: str, tokenizer: Tokenizer | None, with_logprobs: bool
 ) -> dict[str, object]:
-    """Return one choice, with the echo before its text and its log-probabilities."""
+    """Return one choice; `echoed` is put before its text."""
     logprobs = None
     if with_logprobs:
         offsets = TextOffsets()
-        prompt = _prompt_part(echo, output.prompt_logprobs, tokenizer, offsets)
+        prompt = _prompt_part(output.prompt, len(echoed), tokenizer, offsets)
         logprobs = join_logprobs([*prompt, completion_logprobs(output.logprobs, tokenizer, offsets)])
     return {
-        "text": echo.text + output.text,
+        "text": echoed + output.text,
         "index": index,
         "logprobs": logprobs,
         "finish_reason": finish_name(output.finish_reason),
@@ -53,16 +41,13 @@ def completion_choice(
 
 
 def _prompt_part(
-    echo: Echo,
-    prompt: Sequence[TokenLogprobs] | None,
-    tokenizer: Tokenizer | None,
-    offsets: TextOffsets,
+    prompt: Completion | None, length: int, tokenizer: Tokenizer | None, offsets: TextOffsets
 ) -> list[dict[str, list[Any]]]:
-    """Return the `logprobs` of the prompt, if there are any; the output begins where its text ends."""
+    """Return the `logprobs` of a prompt of `length` characters, after which the output begins; or nothing."""
     if prompt is None:
         return []
-    part = echoed_logprobs(echo.first_token_id, prompt, tokenizer, offsets)
-    offsets.go_on_from(len(echo.text))
+    part = echoed_logprobs(prompt, tokenizer, offsets)
+    offsets.go_on_from(length)
     return [part]
 
 
@@ -73,7 +58,7 @@ class CompletionChoiceStream:
         self,
         head: Mapping[str, object],
         index: int,
-        echo: Echo,
+        echoed: str,
         extras: StreamExtras,
         tokenizer: Tokenizer | None,
     ) -> None:
@@ -81,8 +66,8 @@ class CompletionChoiceStream:
         self._template = ChunkTemplate(head, index, example, extras.usage_at_end)
         self._extras = extras
         self._is_plain = extras.are_plain
-        self._echo = echo
-        self._echoed = echo.text
+        self._echoed = echoed
+        self._prompt_length = len(echoed)
         self._tokenizer = tokenizer
         self._offsets = TextOffsets()
 
@@ -108,7 +93,7 @@ class CompletionChoiceStream:
     def _logprobs(self, delta: Delta) -> Mapping[str, object] | None:
         if not self._extras.logprobs:
             return None
-        parts = _prompt_part(self._echo, delta.prompt_logprobs, self._tokenizer, self._offsets)
+        parts = _prompt_part(delta.prompt, self._prompt_length, self._tokenizer, self._offsets)
         if delta.logprobs:
             parts.append(completion_logprobs(delta.logprobs, self._tokenizer, self._offsets))
         return join_logprobs(parts) if parts else None

@@ -18,16 +18,12 @@ from tprt.server.http.errors import invalid
 from tprt.server.http.event_stream import Emit, EventStream, event
 from tprt.server.http.request_log import record_of
 from tprt.server.openai.chunk_template import stream_extras
-from tprt.server.openai.completion_choice import (
-    NO_ECHO,
-    CompletionChoiceStream,
-    Echo,
-    completion_choice,
-)
-from tprt.server.openai.generation import Generation, PromptJob, require_model, require_ready
+from tprt.server.openai.completion_choice import CompletionChoiceStream, completion_choice
+from tprt.server.openai.generation import Generation, Output, PromptJob, require_model, require_ready
 from tprt.server.openai.grammars import completion_grammar
 from tprt.server.openai.identity import AnswerHead, make_head
-from tprt.server.openai.prompts import encode_texts, require_tokenizer
+from tprt.server.openai.logprobs import logprobs_length
+from tprt.server.openai.prompts import encode_texts, off_loop, require_tokenizer
 from tprt.server.openai.protocol_completion import CompletionRequest
 from tprt.server.openai.sampling import check_stream_options, num_tokens_to_generate, sampling_of
 from tprt.server.tokenizer import Tokenizer
@@ -38,11 +34,11 @@ _Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """All that the answer to one request depends on; `echoes` has what is before each choice."""
+    """All that the answer to one request depends on; `echoed` has the text before each choice."""
 
     request: CompletionRequest
     jobs: list[PromptJob]
-    echoes: list[Echo]
+    echoed: list[str]
     tokenizer: Tokenizer | None
     generation: Generation
     head: AnswerHead
@@ -57,7 +53,7 @@ async def answer_completion(context: ServerContext, body: CompletionRequest, req
     plan = await _plan(context, body, request)
     if body.stream:
         return EventStream(lambda emit: _stream(plan, emit))
-    return JSONResponse(await while_wanted(_whole(plan), request.receive))
+    return await while_wanted(_whole(plan), request.receive)
 
 
 async def _plan(context: ServerContext, body: CompletionRequest, request: Request) -> _Plan:
@@ -65,7 +61,7 @@ async def _plan(context: ServerContext, body: CompletionRequest, request: Reques
     _refuse_what_is_not_there(body)
     ready = require_ready(context)
     grammar = await completion_grammar(body)
-    jobs, echoes = [], []
+    jobs, echoed = [], []
     prompts = _prompts(body)
     for prompt, ids in zip(prompts, await _encode(context, prompts), strict=True):
         # Nothing is not what a sequence can end with: one token is generated and dropped.
@@ -75,10 +71,10 @@ async def _plan(context: ServerContext, body: CompletionRequest, request: Reques
         if body.echo:
             sampling = replace(sampling, prompt_logprobs=body.logprobs)
         jobs.append(PromptJob(ids, sampling, drops_output=body.max_tokens == 0))
-        echoes += [Echo(_text(context, prompt), ids[0]) if body.echo else NO_ECHO] * body.num_choices
+        echoed += [_text(context, prompt) if body.echo else ""] * body.num_choices
     record = record_of(request.scope)
     head = make_head(context, record, "cmpl", "text_completion")
-    return _Plan(body, jobs, echoes, context.tokenizer, Generation(context, record, head.id), head)
+    return _Plan(body, jobs, echoed, context.tokenizer, Generation(context, record, head.id), head)
 
 
 def _refuse_what_is_not_there(body: CompletionRequest) -> None:
@@ -112,19 +108,25 @@ def _text(context: ServerContext, prompt: _Prompt) -> str:
     return prompt if isinstance(prompt, str) else require_tokenizer(context.tokenizer).decode(prompt)
 
 
-async def _whole(plan: _Plan) -> dict[str, object]:
+async def _whole(plan: _Plan) -> Response:
     body, generation = plan.request, plan.generation
     async with generation.running(plan.jobs, body.num_choices):
         outputs = await generation.collect()
+    length = sum(logprobs_length(output.prompt) for output in outputs if output.prompt is not None)
+    return await off_loop(length, lambda: JSONResponse(_answer(plan, outputs)))
+
+
+def _answer(plan: _Plan, outputs: Sequence[Output]) -> dict[str, object]:
+    body = plan.request
     choices = []
     for index, output in enumerate(outputs):
         with_logprobs = body.logprobs is not None
-        choice = completion_choice(index, output, plan.echoes[index], plan.tokenizer, with_logprobs)
+        choice = completion_choice(index, output, plan.echoed[index], plan.tokenizer, with_logprobs)
         if body.return_token_ids:
             prompt_ids = plan.jobs[index // body.num_choices].prompt_token_ids
             choice |= {"token_ids": output.token_ids, "prompt_token_ids": prompt_ids}
         choices.append(choice)
-    return {**plan.head.fields(), "choices": choices, "usage": generation.usage()}
+    return {**plan.head.fields(), "choices": choices, "usage": plan.generation.usage()}
 
 
 async def _stream(plan: _Plan, emit: Emit) -> None:
@@ -132,8 +134,8 @@ async def _stream(plan: _Plan, emit: Emit) -> None:
     extras = stream_extras(body, body.logprobs is not None)
     head = plan.head.fields()
     choices = [
-        CompletionChoiceStream(head, index, echo, extras, plan.tokenizer)
-        for index, echo in enumerate(plan.echoes)
+        CompletionChoiceStream(head, index, echoed, extras, plan.tokenizer)
+        for index, echoed in enumerate(plan.echoed)
     ]
     async with plan.generation.running(plan.jobs, body.num_choices):
         await plan.generation.stream(choices, emit, extras.usage_always)

@@ -9,14 +9,17 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from tprt.messages import EngineReady, SamplingParams
-from tprt.server.completion import FinishName, TokenLogprobs
+from tprt.server.completion import Completion, FinishName, TokenLogprobs
 from tprt.server.http.context import ServerContext
 from tprt.server.http.errors import ApiError, not_ready
 from tprt.server.http.event_stream import Emit
 from tprt.server.http.request_log import RequestRecord
+from tprt.server.openai.logprobs import logprobs_length
+from tprt.server.openai.prompts import off_loop
 from tprt.server.openai.sampling import for_choice
 
 if TYPE_CHECKING:
@@ -36,14 +39,14 @@ class PromptJob:
 class Output:
     """What one sequence has come to: its text, tokens, their log-probabilities, and why it ended.
 
-    `prompt_logprobs` are those of all tokens of its prompt but the first; None where they were not asked for.
+    `prompt` has the log-probabilities of its prompt; None where they were not asked for.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishName
-    prompt_logprobs: Sequence[TokenLogprobs] | None
+    prompt: Completion | None
 
 
 class ChoiceStream(Protocol):
@@ -115,7 +118,8 @@ class Generation:
     async def _stream_one(self, index: int, choice: ChoiceStream, emit: Emit, with_usage: bool) -> None:
         async for delta in self._news(index):
             self._look_at(index, delta)
-            events = choice.events(delta, self.usage() if with_usage else None)
+            make = partial(choice.events, delta, self.usage() if with_usage else None)
+            events = make() if delta.prompt is None else await off_loop(logprobs_length(delta.prompt), make)
             if events:
                 await emit(events)
 
@@ -127,12 +131,12 @@ class Generation:
     async def _collect_one(self, index: int) -> Output:
         texts: list[str] = []
         logprobs: list[TokenLogprobs] = []
-        prompt: Sequence[TokenLogprobs] | None = None
+        prompt: Completion | None = None
         reason: FinishName | None = None
         async for delta in self._news(index):
             self._look_at(index, delta)
             if prompt is None:
-                prompt = delta.prompt_logprobs
+                prompt = delta.prompt
             texts.append(delta.text)
             logprobs.extend(delta.logprobs)
             reason = delta.finish_reason
@@ -155,20 +159,20 @@ class Generation:
         wants_prompt = job.sampling.prompt_logprobs is not None
         async for delta in self._streams[index]:
             if wants_prompt and delta.token_ids:
-                delta = replace(delta, prompt_logprobs=await self._prompt_logprobs(index))
+                delta = replace(delta, prompt=await self._scored_prompt(index))
                 wants_prompt = False
             if job.drops_output and delta.token_ids:
                 delta = replace(delta, text="", token_ids=(), logprobs=(), finish_reason="length")
             yield delta
 
-    async def _prompt_logprobs(self, index: int) -> Sequence[TokenLogprobs]:
-        """Return what the first choice of a prompt has found of it, once it has; this one has a token."""
+    async def _scored_prompt(self, index: int) -> Completion:
+        """Return the first choice of a prompt once it has scored that; the choice that asks has a token."""
         number, choice = divmod(index, self._num_choices)
         if choice == 0:
             self._prompt_is_known[number].set()
         else:
             await self._prompt_is_known[number].wait()
-        return self._streams[index - choice].completion.prompt_logprobs
+        return self._streams[index - choice].completion
 
     def _look_at(self, index: int, delta: Delta) -> None:
         """Note the first token; an output that the server ends before it has any is an error.

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tprt.server.completion import TokenLogprobs
+from tprt.server.completion import Completion, TokenLogprobs
 from tprt.server.tokenizer import Tokenizer
 
 # JSON has no infinity; OpenAI reports tokens that cannot come by this value.
 _LEAST = -9999.0
+_CHARS_PER_ENTRY = 16
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, object]:
@@ -23,6 +24,11 @@ def chat_logprobs(tokens: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> dict
         entry["top_logprobs"] = [_chat_entry(token_id, value, tokenizer) for token_id, value in token.top]
         content.append(entry)
     return {"content": content, "refusal": None}
+
+
+def logprobs_length(prompt: Completion) -> int:
+    """Return how long a text takes as long to encode as the `logprobs` of `prompt` to make: see `off_loop`."""
+    return len(prompt.prompt_token_ids) * (1 + (prompt.sampling.prompt_logprobs or 0)) * _CHARS_PER_ENTRY
 
 
 class TextOffsets:
@@ -45,20 +51,17 @@ class TextOffsets:
 
 
 def echoed_logprobs(
-    first_token_id: int,
-    others: Sequence[TokenLogprobs],
-    tokenizer: Tokenizer | None,
-    offsets: TextOffsets,
+    prompt: Completion, tokenizer: Tokenizer | None, offsets: TextOffsets
 ) -> dict[str, list[Any]]:
-    """Return the `logprobs` of a prompt, whose first token has none."""
-    text = _text(first_token_id, tokenizer)
+    """Return the `logprobs` of the prompt of a completion; its first token has none."""
+    text = _text(prompt.prompt_token_ids[0], tokenizer)
     first: dict[str, list[Any]] = {
         "tokens": [text],
         "token_logprobs": [None],
         "top_logprobs": [None],
         "text_offset": offsets.place([text]),
     }
-    return join_logprobs([first, completion_logprobs(others, tokenizer, offsets)])
+    return join_logprobs([first, completion_logprobs(prompt.prompt_logprobs, tokenizer, offsets)])
 
 
 def join_logprobs(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
