@@ -54,3 +54,17 @@ def test_penalties_biases_and_least_lengths_are_those_of_a_cpu(folder: Path, tem
             tokens.append(engine.generate(PROMPTS, sampling))
     assert tokens[0] == tokens[1]
     assert min(map(len, tokens[0])) >= ADJUSTED.min_tokens
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+def test_prompts_are_scored_as_on_a_cpu_and_change_no_token(folder: Path, enforce_eager: bool) -> None:
+    scored = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    scores = {}
+    for device in ("cpu", "cuda"):
+        with LocalEngine(make_config(folder, device=device, enforce_eager=enforce_eager)) as engine:
+            expected = engine.generate(PROMPTS, GREEDY)
+            assert engine.generate(PROMPTS, [scored, GREEDY, scored, scored]) == expected
+            news = [part for key in range(len(PROMPTS)) for part in engine.prompt_logprobs[key]]
+            scores[device] = [value for part in news for value in (*part.logprobs, *part.top_logprobs)]
+    assert len(scores["cuda"]) == sum(3 * (len(PROMPTS[key]) - 1) for key in (0, 2, 3))
+    assert scores["cuda"] == pytest.approx(scores["cpu"], abs=1e-3)

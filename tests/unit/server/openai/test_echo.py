@@ -145,3 +145,12 @@ def test_messages_have_no_echo(server: FakeServer) -> None:
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "echo"
     assert server.chat(echo=False).status_code == 200
+
+
+def test_a_long_prompt_is_told_as_a_short_one_is(echoing: FakeServer) -> None:
+    """Its log-probabilities are put together in a thread."""
+    (choice,) = ask(echoing, prompt="ab" * 200)["choices"]
+    *chunks, _ = stream(echoing, prompt="ab" * 200)
+    assert choice["logprobs"]["tokens"] == [*"ab" * 200, "x", "y", END]
+    assert choice["logprobs"]["token_logprobs"][:400] == [None, *(-1.0 - place for place in range(399))]
+    assert join(chunks) == choice
