@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
@@ -147,8 +148,15 @@ def is_mps_running(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def cache_folder(env: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder for what is measured once and kept: `$XDG_CACHE_HOME/tprt`."""
-    return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tprt"
+    """Return the folder for what is measured once and kept: `$XDG_CACHE_HOME/tprt`, or one in `~/.cache`.
+
+    A user without a home, as containers have, gets one for temporary files.
+    """
+    if env.get("XDG_CACHE_HOME"):
+        return Path(env["XDG_CACHE_HOME"]) / "tprt"
+    if env.get("HOME"):
+        return Path(env["HOME"]) / ".cache" / "tprt"
+    return Path(tempfile.gettempdir()) / f"tprt-cache-{os.getuid()}"
 
 
 def threads_per_rank(local_world_size: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,8 @@ def test_mps_is_seen_by_its_pipe(tmp_path: Path) -> None:
     assert is_mps_running(env)
 
 
-def test_what_is_kept_lies_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache_folder({"XDG_CACHE_HOME": "/somewhere"}) == Path("/somewhere/tprt")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert cache_folder({}) == Path("/home/someone/.cache/tprt")
+def test_what_is_kept_lies_where_the_user_keeps_caches() -> None:
+    home = {"HOME": "/home/someone"}
+    assert cache_folder({"XDG_CACHE_HOME": "/somewhere", **home}) == Path("/somewhere/tprt")
+    assert cache_folder({"XDG_CACHE_HOME": "", **home}) == Path("/home/someone/.cache/tprt")
+    assert cache_folder({}) == Path(tempfile.gettempdir()) / f"tprt-cache-{os.getuid()}"
