@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from launch.run_dir import living_run_dirs, newest_heartbeats, read_config
 from launch.serving.record import ServerRecord, read_server
-from tprt.config import SupervisionConfig
+from tprt.config import Config, SupervisionConfig
 from tprt.coordinator.stall import is_stalled
 from tprt.errors import TransportError
 from tprt.transport.coordinator_beat import CoordinatorRecord, read_coordinator
@@ -86,13 +86,15 @@ def find_deployments() -> list[DeploymentStatus]:
 
 def look_at(run_dir: Path) -> DeploymentStatus | None:
     """Return how the deployment of `run_dir` is doing, or None when it has ended meanwhile."""
-    model, timeout_s = _read_settings(run_dir)
+    config = _read_settings(run_dir)
+    model = "unknown" if config is None else config.model.path
+    timeout_s = (SupervisionConfig() if config is None else config.supervision).stall_timeout_s
     try:
-        signs = _read_signs(run_dir)
+        signs = _read_signs(run_dir, config)
         verdict, reason = judge(signs, timeout_s)
         if verdict is Verdict.STALLED:
             time.sleep(_LOOK_AGAIN_S)
-            signs = _read_signs(run_dir)
+            signs = _read_signs(run_dir, config)
             verdict, reason = judge(signs, timeout_s)
     except TransportError as error:
         signs, verdict, reason = Signs(time.monotonic_ns()), Verdict.STALLED, str(error)
@@ -124,17 +126,15 @@ def judge(signs: Signs, stall_timeout_s: float) -> tuple[Verdict, str]:
     return Verdict.HEALTHY, "steps are finished as they come"
 
 
-def _read_settings(run_dir: Path) -> tuple[str, float]:
-    """Return the model and the longest time without progress."""
+def _read_settings(run_dir: Path) -> Config | None:
+    """Return the settings; None where they are not written yet, or were by another version."""
     try:
-        config = read_config(run_dir)
+        return read_config(run_dir)
     except (OSError, ValidationError):
-        # not written yet, or by another version
-        return "unknown", SupervisionConfig().stall_timeout_s
-    return config.model.path, config.supervision.stall_timeout_s
+        return None
 
 
-def _read_signs(run_dir: Path) -> Signs:
+def _read_signs(run_dir: Path, config: Config | None) -> Signs:
     path = newest_heartbeats(run_dir)
     server = read_server(run_dir)
     server_state = "" if server is None else process_state(server.pid)
@@ -143,6 +143,10 @@ def _read_signs(run_dir: Path) -> Signs:
     reader = HeartbeatReader.open(path)
     beats = reader.read()
     reader.close()
+    if config is not None and config.hosts.node_rank > 0:
+        # Only node rank 0 hears of the ranks of other hosts.
+        ranks = config.ranks_of(config.hosts.node_rank)
+        beats = [beat for beat in beats if beat.rank in ranks]
     record = read_coordinator(path)
     return Signs(
         now_ns=time.monotonic_ns(),

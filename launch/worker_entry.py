@@ -1,4 +1,4 @@
-"""The process of one rank: `python -m launch.worker_entry`, started by tprt or by torchrun.
+"""The process of one rank: `python -m launch.worker_entry`, started by tprt.
 
 Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them, and the run directory and
 epoch from variables of tprt's own.

@@ -6,6 +6,7 @@ The host of node rank 0 decides whether there is another group of ranks. Knows n
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 from launch.child_log import LogTee
@@ -18,6 +19,7 @@ from launch.multihost.network import choose_interface
 from launch.multihost.news import pack_cause
 from launch.program_end import ProgramEnd
 from launch.run_dir import RunDir, write_config
+from launch.serving.http_socket import API_KEY
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, split_endpoint
 from tprt.coordinator.cause import Cause, CauseKind
@@ -34,6 +36,8 @@ def run_agent(config: Config) -> None:
         TransportTimeoutError: node rank 0 did not answer in `hosts.join_timeout_s`.
     """
     configure_logging(config.logging.level, config.logging.format, f"node rank {config.hosts.node_rank}")
+    # The same environment everywhere is convenient, but there is no server here.
+    os.environ.pop(API_KEY, None)
     read_checkpoint_config(config.model.path)
     agent = Agent(config)
     end = ProgramEnd(agent.close)

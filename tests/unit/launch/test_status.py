@@ -127,6 +127,21 @@ def test_a_deployment_is_read_from_its_files(run_dir: Path) -> None:
         writer.close()
 
 
+def test_a_host_other_than_that_of_node_rank_0_tells_of_its_own_ranks(run_dir: Path) -> None:
+    hosts = {"nnodes": 2, "node_rank": 1, "nproc_per_node": [1, 2], "rdzv_endpoint": "h:29400"}
+    settings = {"model": {"path": "m"}, "parallel": {"tensor_parallel_size": 3}, "hosts": hosts}
+    write_config(run_dir, Config.model_validate(settings))
+    create_heartbeats(heartbeats_path(run_dir, 0), 3)
+    writers = [HeartbeatWriter.open(heartbeats_path(run_dir, 0), rank) for rank in (1, 2)]
+    for writer in writers:
+        writer.set_phase(Phase.IDLE)
+    found = look_at(run_dir)
+    assert found is not None
+    assert ([beat.rank for beat in found.signs.beats], found.verdict) == ([1, 2], Verdict.HEALTHY)
+    for writer in writers:
+        writer.close()
+
+
 def test_a_server_must_be_there_and_ready_as_well(run_dir: Path) -> None:
     path = heartbeats_path(run_dir, 0)
     create_heartbeats(path, 1)
