@@ -13,26 +13,13 @@ import select
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
-from tprt.log import get_logger
-from tprt.transport.challenge import make_nonce
 from tprt.transport.channel import Buffer, ControlEvent
+from tprt.transport.remote_door import RemoteDoor
 from tprt.transport.remote_rank import RemoteRank
-from tprt.transport.remote_wire import (
-    FRAME,
-    HELLO,
-    RemoteHello,
-    join_address,
-    pack_answer,
-    pack_greeting,
-    read_hello,
-    set_options,
-    split_address,
-)
-
-_LOG = get_logger(__name__)
+from tprt.transport.remote_wire import FRAME, split_address
 
 # Messages that may be unread: as many as a ring has slots.
 _WINDOW = 8
@@ -40,33 +27,21 @@ _WINDOW = 8
 _FLUSH_S = 1.0
 
 
-class _Stranger(NamedTuple):
-    """Whoever has connected and not said a whole hello; `nonce` is what it was greeted with."""
-
-    connection: socket.socket
-    address: str
-    nonce: bytes
-
-
 class RemoteStepWriter:
     """The one sender of steps to ranks on other hosts; used by one thread."""
 
     def __init__(self, listener: socket.socket, epoch: int, ranks: Collection[int], token: bytes) -> None:
         """Let ranks in at `listener`, which is the writer's from now on; see `listen` for the rest."""
-        listener.setblocking(False)
-        self._listener = listener
-        self._epoch = epoch
+        self._door = RemoteDoor(listener, epoch, token)
         self._expected = frozenset(ranks)
-        self._token = token
         self._ranks: dict[int, RemoteRank] = {}
-        self._waiting: dict[int, _Stranger] = {}
         self._reported: set[int] = set()
         self._sequence = 0
         self._loss = ""
         # Readable while something has been read off a connection that `next_event` has not returned.
         self._unread = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
-        self._epoll.register(listener, select.EPOLLIN)
+        self._epoll.register(self._door, select.EPOLLIN)
         self._epoll.register(self._unread, select.EPOLLIN)
 
     @classmethod
@@ -96,8 +71,7 @@ class RemoteStepWriter:
     @property
     def address(self) -> str:
         """Where ranks connect to, with the port that was chosen."""
-        host, port = self._listener.getsockname()[:2]
-        return join_address(host, port)
+        return self._door.address
 
     def accept_all(self, timeout_s: float) -> None:
         """Wait until every rank has connected.
@@ -135,10 +109,8 @@ class RemoteStepWriter:
     def _take_in(self, timeout_s: float) -> None:
         by_fd = {rank.connection.fileno(): rank for rank in self._ranks.values()}
         for fd, _ in self._epoll.poll(timeout_s):
-            if fd == self._listener.fileno():
-                self._accept()
-            elif fd in self._waiting:
-                self._admit(fd)
+            if fd == self._door.fileno():
+                self._let_in()
             elif fd in by_fd:
                 with contextlib.suppress(PeerLostError):
                     self._read(by_fd[fd])
@@ -198,12 +170,16 @@ class RemoteStepWriter:
                 deadline_s = time.monotonic() + _FLUSH_S
                 self._wait(lambda rank: rank.num_read < self._sequence, select.POLLIN, deadline_s)
         self._loss = self._loss or "this end of the lane is closed"
-        connections = [rank.connection for rank in self._ranks.values()]
-        waiting = [stranger.connection for stranger in self._waiting.values()]
         self._epoll.close()
         os.close(self._unread)
-        for connection in (self._listener, *waiting, *connections):
-            connection.close()
+        self._door.close()
+        for rank in self._ranks.values():
+            rank.connection.close()
+
+    def _let_in(self) -> None:
+        for rank in self._door.admit(self._missing()):
+            self._ranks[rank.rank] = rank
+            self._epoll.register(rank.connection, select.EPOLLIN)
 
     def _missing(self) -> list[int]:
         return sorted(self._expected - self._ranks.keys())
@@ -246,49 +222,6 @@ class RemoteStepWriter:
             self._epoll.unregister(rank.connection)
         self._loss = self._loss or f"{rank.name} is gone: {error.strerror}; {rank.describe(self._sequence)}"
         raise PeerLostError(self._loss) from error
-
-    def _accept(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            connection, address = self._listener.accept()
-            connection.setblocking(False)
-            set_options(connection)
-            # Not readable before the hello is whole, so that half a hello keeps nobody busy.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, HELLO.size)
-            stranger = _Stranger(connection, join_address(*address[:2]), make_nonce())
-            self._waiting[connection.fileno()] = stranger
-            self._epoll.register(connection, select.EPOLLIN)
-            connection.send(pack_greeting(stranger.nonce))
-
-    def _admit(self, fd: int) -> None:
-        """Let in, or refuse, whoever has said hello."""
-        stranger = self._waiting.pop(fd)
-        self._epoll.unregister(fd)
-        connection = stranger.connection
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(connection.close)
-            try:
-                hello = read_hello(connection.recv(HELLO.size))
-                reason = self._why_refused(hello, stranger.nonce)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-                connection.send(pack_answer(reason, hello.nonce, self._token))
-            except OSError as error:
-                reason = str(error.strerror)
-            if reason:
-                _LOG.warning("refused a connection from %s: %s", stranger.address, reason)
-                return
-            cleanup.pop_all()
-        self._ranks[hello.rank] = RemoteRank(hello.rank, connection, stranger.address)
-        self._epoll.register(connection, select.EPOLLIN)
-
-    def _why_refused(self, hello: RemoteHello, nonce: bytes) -> str:
-        """Return why whoever said `hello` when greeted with `nonce` is not let in; empty if it is."""
-        if reason := hello.why_unproven(nonce, self._token):
-            return reason
-        if hello.epoch != self._epoch:
-            return f"it was started for epoch {hello.epoch}; this is epoch {self._epoch}"
-        if hello.rank not in self._missing():
-            return f"it calls itself rank {hello.rank}; expected one of {self._missing()}"
-        return ""
 
 
 def _poll(events: dict[int, int], timeout_s: float) -> list[int]:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.unit.transport.groups import later
 from tprt.errors import PeerLostError, SequenceGapError, TransportError, TransportTimeoutError
+from tprt.transport import remote_door
 from tprt.transport.channel import ControlEvent
 from tprt.transport.remote_reader import RemoteStepReader
 from tprt.transport.remote_wire import FRAME, HELLO, pack_answer, pack_greeting, pack_hello
@@ -415,3 +416,21 @@ def test_an_acknowledgement_waits_behind_a_control_message_that_nobody_has_read_
     assert event == ControlEvent(3, large)
     writer.send([b"next"], WAIT_S)
     assert readers[1].receive(WAIT_S) == b"next"
+
+
+def test_many_who_say_nothing_leave_room_for_a_rank(
+    writer: RemoteStepWriter, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_door, "_MAX_STRANGERS", 4)
+    host, port = "127.0.0.1", int(writer.address.rpartition(":")[2])
+    strangers = [socket.create_connection((host, port)) for _ in range(9)]
+    with pytest.raises(TransportTimeoutError):
+        writer.accept_all(0.3)
+    for stranger in strangers[:5]:
+        stranger.settimeout(WAIT_S)
+        assert stranger.recv(4096)
+        assert stranger.recv(4096) == b""
+    joining = [pool.submit(connect, writer, rank) for rank in RANKS]
+    writer.accept_all(WAIT_S)
+    for end in (*strangers, *(future.result(WAIT_S) for future in joining)):
+        end.close()
