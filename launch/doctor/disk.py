@@ -78,7 +78,7 @@ def read_sample(files: Sequence[Path], longest_s: float) -> float:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    readers = [FileReader(file) for file in files]
+    readers = [FileReader(file, past_cache=True) for file in files]
     chunks = [
         (reader, start, min(start + CHUNK_BYTES, size))
         for reader, size in zip(readers, (file.stat().st_size for file in files), strict=True)

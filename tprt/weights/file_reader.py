@@ -1,8 +1,10 @@
 """Byte ranges of one file, by the way that is fastest for where they are.
 
-What is in the page cache is mapped or copied from there. What is not is read past it (O_DIRECT), so that a rank
-reads from the disk what it asks for and nothing ahead of it, and no page is allocated only to be copied once.
-Where a file system cannot do that, reads go through the cache without read-ahead. Knows nothing of tensors.
+What is in the page cache is mapped or copied from there. What is not is read through it, with the kernel's
+read-ahead: what one rank has read ahead the others of its host need, and a restart finds all of it. Where they
+do not, it is read past the cache (O_DIRECT), so that a rank reads from the disk what it asks for and nothing
+ahead of it; a file system that cannot do that is read through the cache without read-ahead. Knows nothing of
+tensors.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def buffer_bytes(num_bytes: int) -> int:
 class FileReader:
     """One file, open for reading; threads may share it."""
 
-    def __init__(self, file: Path) -> None:
-        """Open `file`.
+    def __init__(self, file: Path, past_cache: bool) -> None:
+        """Open `file`; `past_cache` says that what is near what is read will not be needed on this host.
 
         Raises:
             CheckpointError: it cannot be opened.
@@ -65,6 +67,8 @@ class FileReader:
             self._fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be opened: {error.strerror}") from error
+        if not past_cache:
+            return
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
         with contextlib.suppress(OSError):
             self._direct_fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -98,8 +102,8 @@ class FileReader:
         yield memoryview(self._mapping)[start:stop]
         self._mapping.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
-    def copy_cached(self, dest: memoryview, start: int) -> None:
-        """Fill `dest` with the bytes from `start` on, which are cached, by way of the cache.
+    def copy(self, dest: memoryview, start: int) -> None:
+        """Fill `dest` with the bytes from `start` on by way of the cache.
 
         Raises:
             CheckpointError: as `read` does.

@@ -27,6 +27,7 @@ def load_model(
     path: str,
     exchange: LoadExchange | None = None,
     on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    needs_all: bool = True,
 ) -> LoadReport:
     """Fill every parameter of `model` from the checkpoint in folder `path`.
 
@@ -36,6 +37,7 @@ def load_model(
         exchange: joins the ranks of this host, all of which load the same checkpoint at the same time; without
             it this rank reads by itself all that it needs a part of.
         on_progress: is told, from several threads, how many of this rank's bytes are in place, of how many.
+        needs_all: whether the ranks of this host need all of the checkpoint between them.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or does not fit: tensors that match no parameter,
@@ -48,7 +50,7 @@ def load_model(
     plan = make_read_plan(matches)
     own_bytes, shared_bytes = _kept_bytes(plan, shared=False), _kept_bytes(plan, shared=True)
     placement = Placement()
-    reading = Reading(plan, placement, exchange)
+    reading = Reading(plan, placement, exchange, past_cache=not needs_all)
     reading.run(lambda: on_progress(placement.placed_bytes, own_bytes + shared_bytes))
     placement.finish(matches)
     return LoadReport(

@@ -45,19 +45,16 @@ class Placement:
         self._copy(_place_of(match, rows), source)
         self._account(piece, rows)
 
-    def put_directly(self, piece: Piece, fill: Callable[[memoryview], None]) -> bool:
-        """Have the parameter's own memory filled with a piece's bytes, if they lie there as in the file."""
-        match, rows = piece.match, piece.rows
-        place = match.parameter.data
-        if place.device.type != "cpu" or place.dtype != _DTYPES[match.entry.dtype] or match.part.dim != 0:
-            return False
-        if rows != _kept_rows(piece):
-            return False
-        place = _place_of(match, rows)
+    def takes_directly(self, pieces: Iterable[Piece]) -> bool:
+        """Tell whether all these pieces lie in their parameters as they do in the file."""
+        return all(_lies_as_in_file(piece) for piece in pieces)
+
+    def put_directly(self, piece: Piece, fill: Callable[[memoryview], None]) -> None:
+        """Have the parameter's own memory filled with the bytes of a piece that `takes_directly` is true of."""
+        place = _place_of(piece.match, piece.rows)
         populate(place)
         fill(memoryview(place.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        self._account(piece, rows)
-        return True
+        self._account(piece, piece.rows)
 
     def _account(self, piece: Piece, rows: Range) -> None:
         with self._lock:
@@ -95,6 +92,12 @@ class Placement:
             with self._lock:
                 self._copiers.append(copier)
         copier.copy(dest, source)
+
+
+def _lies_as_in_file(piece: Piece) -> bool:
+    match, place = piece.match, piece.match.parameter.data
+    is_copy = place.device.type == "cpu" and place.dtype == _DTYPES[match.entry.dtype]
+    return is_copy and match.part.dim == 0 and piece.rows == _kept_rows(piece)
 
 
 def _kept_rows(piece: Piece) -> Range:

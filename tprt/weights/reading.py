@@ -37,13 +37,17 @@ class Reading:
         own_read_bytes, shared_read_bytes, cached_bytes: as in `LoadReport`.
     """
 
-    def __init__(self, plan: ReadPlan, placement: Placement, exchange: LoadExchange | None) -> None:
+    def __init__(
+        self, plan: ReadPlan, placement: Placement, exchange: LoadExchange | None, past_cache: bool
+    ) -> None:
+        """Prepare to read; `past_cache` says that this host needs only a part of what is in the files."""
         self.own_read_bytes = 0
         self.shared_read_bytes = 0
         self.cached_bytes = 0
         self._plan = plan
         self._placement = placement
         self._exchange = exchange
+        self._past_cache = past_cache
         self._files: dict[Path, FileReader] = {}
         self._own_left = deque(plan.own)
         self._shared_left: deque[tuple[int, Chunk]] = deque()
@@ -67,7 +71,7 @@ class Reading:
         self._on_progress = on_progress
         with ExitStack() as stack:
             for file in {chunk.file for chunk in (*self._plan.own, *self._plan.shared)}:
-                self._files[file] = reader = FileReader(file)
+                self._files[file] = reader = FileReader(file, self._past_cache)
                 stack.callback(reader.close)
             threads = [
                 threading.Thread(target=self._guard, args=(self._read_tasks,), name=f"tprt-load-{number}")
@@ -132,6 +136,10 @@ class Reading:
             self._count(chunk, chunk.num_bytes, cached_bytes=chunk.num_bytes)
             self._place_cached(chunk)
             return
+        if not self._past_cache and self._placement.takes_directly(chunk.pieces):
+            self._count(chunk, chunk.num_bytes)
+            self._place_directly(chunk)
+            return
         result = self._files[chunk.file].read(_memory_of(buffer), chunk.start, chunk.stop)
         self._count(chunk, result.read_bytes)
         self._place(chunk, buffer[result.start :])
@@ -180,10 +188,16 @@ class Reading:
 
     def _place_cached_piece(self, file: FileReader, piece: Piece) -> None:
         with self._copiers:
-            if self._placement.put_directly(piece, partial(file.copy_cached, start=piece.start)):
+            if self._placement.takes_directly([piece]):
+                self._placement.put_directly(piece, partial(file.copy, start=piece.start))
                 return
             with file.mapped(piece.start, piece.stop) as raw:
                 self._placement.put(piece, torch.frombuffer(raw, dtype=torch.uint8))
+
+    def _place_directly(self, chunk: Chunk) -> None:
+        for piece in chunk.pieces:
+            self._placement.put_directly(piece, partial(self._files[chunk.file].copy, start=piece.start))
+        self._on_progress()
 
     def _place(self, chunk: Chunk, raw: Tensor) -> None:
         for piece in chunk.pieces:

@@ -112,7 +112,9 @@ class ModelRunner:
         if self._config.model.load_format == "dummy":
             load_dummy_weights(self.model)
         else:
-            _log_load(load_model(self.model, self._config.model.path, exchange, on_progress))
+            num_here = 1 if exchange is None else exchange.world_size
+            needs_all = num_here == self._group.world_size
+            _log_load(load_model(self.model, self._config.model.path, exchange, on_progress, needs_all))
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         for module in self.model.modules():
             if isinstance(module, LinearBase | ParallelLMHead):

@@ -34,7 +34,16 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader(file: Path) -> Iterator[FileReader]:
-    reader = FileReader(file)
+    """A reader that reads past the page cache."""
+    reader = FileReader(file, past_cache=True)
+    yield reader
+    reader.close()
+
+
+@pytest.fixture
+def cached_reader(file: Path) -> Iterator[FileReader]:
+    """A reader that reads through the page cache."""
+    reader = FileReader(file, past_cache=False)
     yield reader
     reader.close()
 
@@ -48,11 +57,12 @@ def read(reader: FileReader, start: int, stop: int) -> bytes:
 
 @pytest.mark.parametrize(("start", "stop"), RANGES)
 def test_a_range_is_what_the_file_has_cached_or_not(
-    file: Path, reader: FileReader, start: int, stop: int
+    file: Path, reader: FileReader, cached_reader: FileReader, start: int, stop: int
 ) -> None:
-    assert read(reader, start, stop) == CONTENT[start:stop]
-    evict(file)
-    assert read(reader, start, stop) == CONTENT[start:stop]
+    for each in (reader, cached_reader):
+        evict(file)
+        assert read(each, start, stop) == CONTENT[start:stop]
+        assert read(each, start, stop) == CONTENT[start:stop]
 
 
 def test_what_is_not_cached_is_read_without_filling_the_cache(file: Path, reader: FileReader) -> None:
@@ -63,12 +73,20 @@ def test_what_is_not_cached_is_read_without_filling_the_cache(file: Path, reader
     assert not reader.is_cached(0, 2**20)
 
 
+def test_what_others_of_this_host_need_as_well_stays_in_the_cache(
+    file: Path, cached_reader: FileReader
+) -> None:
+    evict(file)
+    read(cached_reader, 0, 2**20)
+    assert cached_reader.is_cached(0, 2**20)
+
+
 @pytest.mark.parametrize(("start", "stop"), RANGES)
 def test_a_range_can_be_mapped_and_copied(reader: FileReader, start: int, stop: int) -> None:
     with reader.mapped(start, stop) as view:
         assert bytes(view) == CONTENT[start:stop]
     copy = bytearray(stop - start)
-    reader.copy_cached(memoryview(copy), start)
+    reader.copy(memoryview(copy), start)
     assert copy == CONTENT[start:stop]
 
 
@@ -115,4 +133,4 @@ def test_an_error_of_the_disk_is_told_with_the_file(
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone cannot be opened: No such file"):
-        FileReader(tmp_path / "gone")
+        FileReader(tmp_path / "gone", past_cache=False)

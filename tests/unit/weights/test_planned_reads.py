@@ -50,7 +50,8 @@ def load_all(
     models = [build_shard(folder, plan, rank, dtype) for rank in range(plan.world_size)]
     if not with_exchange or plan.world_size == 1:
         for model in models:
-            load_model(model, str(folder))
+            # As a rank does whose peers are on other hosts.
+            load_model(model, str(folder), needs_all=False)
         return models
     with ExitStack() as stack:
         exchanges = [stack.enter_context(each) for each in make_local_exchanges(plan.world_size, TIMEOUT_S)]
