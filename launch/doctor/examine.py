@@ -57,16 +57,19 @@ class Results:
         """
         found: list[Finding] = []
         for number, check in enumerate(CHECKS):
-            found += self._findings.get(number, [])
+            heard = self._findings.get(number, [])
+            found += heard
             if number in self._ended:
                 continue
             if has_crashed and check.name == "torch":
                 found.append(bad(check.name, end, check.advice))
             elif has_crashed:
                 # It was cut short through no fault of its own.
-                found += [] if number in self._findings else [skipped(check.name, end)]
+                found += [] if heard else [skipped(check.name, end)]
             elif number in self._began:
-                found.append(silent(check.name, f"gave no answer: {end}", check.advice))
+                is_partial = any(finding.check == check.name for finding in heard)
+                name = f"rest of {check.name}" if is_partial else check.name
+                found.append(silent(name, f"gave no answer: {end}", check.advice))
             else:
                 found.append(self._not_begun(check, end))
         return found
