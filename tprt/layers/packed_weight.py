@@ -13,17 +13,16 @@ from torch.nn import functional
 
 from tprt import kernels
 
-_PACKED_DTYPES = (torch.float32, torch.bfloat16)
-
 
 def can_pack(weight: Tensor) -> bool:
-    """Tell whether `weight` `[out, in]` is on a CPU whose torch build has oneDNN, and not empty."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in _PACKED_DTYPES
-        and weight.numel() > 0
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    )
+    """Tell whether `weight` `[out, in]` is on a CPU where oneDNN multiplies its type, and not empty."""
+    if weight.device.type != "cpu" or weight.numel() == 0:
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    # bfloat16 needs AVX-512 or AVX-NE-CONVERT; without them, packing is refused.
+    has_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or bool(has_bfloat16)
 
 
 class PackedWeight:
