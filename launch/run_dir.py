@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from tprt.config import Config
 from tprt.errors import ConfigError
 
@@ -178,6 +180,14 @@ def write_config(run_dir: Path, config: Config) -> None:
 def read_config(run_dir: Path) -> Config:
     """Read what `write_config` left."""
     return Config.model_validate_json((run_dir / _CONFIG).read_text(encoding="utf-8"))
+
+
+def find_config(run_dir: Path) -> Config | None:
+    """Return what `write_config` left; None where it has not yet, or another version has."""
+    try:
+        return read_config(run_dir)
+    except (OSError, ValidationError):
+        return None
 
 
 def worker_socket(run_dir: Path, epoch: int) -> str:

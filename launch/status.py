@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from launch.run_dir import living_run_dirs, newest_heartbeats, read_config
+from launch.run_dir import find_config, living_run_dirs, newest_heartbeats
 from launch.serving.record import ServerRecord, read_server
 from tprt.config import Config, SupervisionConfig
 from tprt.coordinator.stall import is_stalled
@@ -86,7 +84,7 @@ def find_deployments() -> list[DeploymentStatus]:
 
 def look_at(run_dir: Path) -> DeploymentStatus | None:
     """Return how the deployment of `run_dir` is doing, or None when it has ended meanwhile."""
-    config = _read_settings(run_dir)
+    config = find_config(run_dir)
     model = "unknown" if config is None else config.model.path
     timeout_s = (SupervisionConfig() if config is None else config.supervision).stall_timeout_s
     try:
@@ -124,14 +122,6 @@ def judge(signs: Signs, stall_timeout_s: float) -> tuple[Verdict, str]:
     if record is not None and record.num_waiting:
         return Verdict.BUSY, "requests wait for a place"
     return Verdict.HEALTHY, "steps are finished as they come"
-
-
-def _read_settings(run_dir: Path) -> Config | None:
-    """Return the settings; None where they are not written yet, or were by another version."""
-    try:
-        return read_config(run_dir)
-    except (OSError, ValidationError):
-        return None
 
 
 def _read_signs(run_dir: Path, config: Config | None) -> Signs:

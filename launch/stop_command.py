@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from launch.run_dir import living_run_dirs, open_owner, read_config
+from launch.run_dir import find_config, living_run_dirs, open_owner
 from launch.status_command import EXIT_NONE_FOUND, NONE_FOUND
-from tprt.config import Config, ServerConfig, SupervisionConfig
+from tprt.config import ServerConfig, SupervisionConfig
 from tprt.errors import ConfigError, TprtError
 
 # After its own deadlines a deployment takes this long at most to be gone.
@@ -78,10 +77,8 @@ def _choose(running: Sequence[Path], names: Sequence[str]) -> list[Path]:
 
 def _settings(run_dir: Path) -> tuple[str, ServerConfig, SupervisionConfig]:
     """Return the model of a deployment and what tells how long its end may take."""
-    try:
-        config: Config = read_config(run_dir)
-    except (OSError, ValidationError):
-        # not written yet, or by another version
+    config = find_config(run_dir)
+    if config is None:
         return "unknown", ServerConfig(), SupervisionConfig()
     return config.model.path, config.server, config.supervision
 
