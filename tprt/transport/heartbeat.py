@@ -25,7 +25,7 @@ NO_STEP = -1
 
 # The words of a rank's line.
 _TIME_NS, _EPOCH, _STEP, _PHASE, _LAYER, _COLLECTIVE, _PID, _DONE, _TOTAL = range(9)
-TIME_WORD, HOST_WORD, STATE_WORD = _TIME_NS, 9, 10
+TIME_WORD, PID_WORD, HOST_WORD, STATE_WORD = _TIME_NS, _PID, 9, 10
 """Words for `tprt.transport.heartbeat_relay`; host and state are 0 in the file of a rank's host."""
 # The word of a collective: its number, 7 bits for the kind, and a bit for "inside".
 _NUMBER_SHIFT, _KIND_SHIFT, _INSIDE = 8, 1, 1

@@ -11,12 +11,11 @@ from pathlib import Path
 from time import monotonic_ns
 
 from tprt.errors import TransportError
-from tprt.transport.heartbeat import HOST_WORD, STATE_WORD, TIME_WORD
+from tprt.transport.heartbeat import HOST_WORD, PID_WORD, STATE_WORD, TIME_WORD
 from tprt.transport.heartbeat_file import RANK_LINE, BeatMap
 from tprt.transport.peer_process import process_state
 
 _NUM_WORDS = HOST_WORD
-_PID_WORD = 6
 _INT64 = 2**63
 
 
@@ -46,7 +45,7 @@ class BeatExporter:
     @staticmethod
     def _row(rank: int, words: list[int], now_ns: int) -> list[int]:
         words[TIME_WORD] = max(0, now_ns - words[TIME_WORD])
-        state = process_state(words[_PID_WORD]) if words[_PID_WORD] else ""
+        state = process_state(words[PID_WORD]) if words[PID_WORD] else ""
         return [rank, *words, ord(state) if state else 0]
 
 
@@ -72,7 +71,7 @@ class BeatImporter:
             if len(row) != _NUM_WORDS + 2 or row[0] not in expected or not all(map(_is_word, row)):
                 raise TransportError(f"a heartbeat {row}; expected one of ranks {sorted(expected)}")
             rank, *exported, state = row
-            if not exported[_PID_WORD]:
+            if not exported[PID_WORD]:
                 continue
             exported[TIME_WORD] = monotonic_ns() - exported[TIME_WORD]
             words = self._map.line(RANK_LINE + rank)
