@@ -2,7 +2,7 @@
 
 Between two measured sizes time is interpolated, beyond the last one it grows with the size. Knows nothing of
 models. The sources: NCCL on 8 x H100, Triton-distributed issue 57 and vLLM pull request 42324; one-shot
-symmetric memory on 4 and 8 H100, SGLang pull request 2904; on two H200, and shm and gloo on two CPU cores,
+symmetric memory on 8 H100, SGLang pull request 2904; 2 to 4 H200, and shm and gloo on two CPU cores,
 `tprt bench allreduce`.
 """
 
@@ -15,18 +15,34 @@ Curve = Sequence[tuple[int, float]]
 """Bytes and microseconds, in ascending order."""
 
 _KIB, _MIB = 2**10, 2**20
-_NCCL: Curve = (
-    *((128, 19.2), (16 * _KIB, 20.7), (64 * _KIB, 23.1), (128 * _KIB, 23.7), (256 * _KIB, 24.8)),
-    *((_MIB, 32.4), (2 * _MIB, 37.0), (4 * _MIB, 50.0)),
-)
 _CURVES: Mapping[str, Mapping[int, Curve]] = {
-    "nccl": {2: _NCCL},
+    "nccl": {
+        2: (
+            *((_KIB, 11.8), (4 * _KIB, 12.1), (16 * _KIB, 12.8), (64 * _KIB, 12.9), (256 * _KIB, 14.1)),
+            *((_MIB, 19.3), (4 * _MIB, 36.9), (16 * _MIB, 80.7)),
+        ),
+        4: (
+            *((_KIB, 13.8), (4 * _KIB, 14.1), (16 * _KIB, 15.1), (64 * _KIB, 15.5), (256 * _KIB, 16.0)),
+            *((_MIB, 22.1), (4 * _MIB, 43.9), (16 * _MIB, 96.7)),
+        ),
+        8: (
+            *((128, 19.2), (16 * _KIB, 20.7), (64 * _KIB, 23.1), (128 * _KIB, 23.7), (256 * _KIB, 24.8)),
+            *((_MIB, 32.4), (2 * _MIB, 37.0), (4 * _MIB, 50.0)),
+        ),
+    },
     "symm_mem": {
         2: (
             *((_KIB, 2.5), (4 * _KIB, 2.8), (16 * _KIB, 2.9), (64 * _KIB, 3.2), (256 * _KIB, 8.3)),
             *((_MIB, 11.2), (4 * _MIB, 22.6), (16 * _MIB, 68.7)),
         ),
-        4: ((4 * _KIB, 4.8), (32 * _KIB, 4.8), (256 * _KIB, 13.9), (512 * _KIB, 20.2), (_MIB, 31.1)),
+        3: (
+            *((_KIB, 2.9), (4 * _KIB, 3.2), (16 * _KIB, 3.4), (64 * _KIB, 3.9), (256 * _KIB, 10.3)),
+            *((_MIB, 15.9), (4 * _MIB, 34.6), (16 * _MIB, 101.5)),
+        ),
+        4: (
+            *((_KIB, 3.1), (4 * _KIB, 3.5), (16 * _KIB, 3.7), (64 * _KIB, 4.4), (256 * _KIB, 10.2)),
+            *((_MIB, 19.7), (4 * _MIB, 38.1), (16 * _MIB, 102.8)),
+        ),
         8: ((4 * _KIB, 5.9), (32 * _KIB, 7.8), (256 * _KIB, 16.7), (512 * _KIB, 22.1), (_MIB, 33.8)),
     },
     "shm": {
@@ -41,8 +57,8 @@ _CURVES: Mapping[str, Mapping[int, Curve]] = {
     },
 }
 SOURCES: Mapping[str, str] = {
-    "nccl": "NCCL as seen on H100 with NVLink",
-    "symm_mem": "symmetric memory as seen with NVLink: ours on two H200, others' in one shot on 4 and 8 H100",
+    "nccl": "NCCL as seen with NVLink, on 2 and 4 H200 and on 8 H100",
+    "symm_mem": "symmetric memory as seen with NVLink: ours on 2 to 4 H200, others' in one shot on 8 H100",
     "shm": "shared memory as seen on two CPU cores",
     "gloo": "gloo as seen on two CPU cores",
 }

@@ -1,4 +1,4 @@
-"""How fast a device reads its memory: of GPUs by name, of this machine's CPUs by trying."""
+"""How fast a device goes through a decode step: GPUs by name and by what was measured, CPUs by trying."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ _PEAK_GBS = (
     *(("A40", 696.0), ("T4", 320.0), ("V100", 900.0), ("RTX 6000 Ada", 960.0), ("RTX A6000", 768.0)),
     *(("RTX 5090", 1792.0), ("RTX 4090", 1008.0), ("RTX 3090", 936.0)),
 )
-# What a decode step reaches of the peak when nothing else is in its way.
-SHARE_OF_PEAK = 0.9
+# Fitted to captured decode steps of 0.6B to 70B on 1 to 4 H200 (docs/benchmarks.md): the share of the peak at
+# which memory is read, and the microseconds that kernels of a layer take besides, with one row and with more.
+SHARE_OF_PEAK = 0.79
+_ONE_ROW_LAYER_US, _LAYER_US = 24.0, 35.0
 _COPY_BYTES, _COPIES = 2**27, 5
 
 
 def peak_gbs(name: str) -> float | None:
     """Return the peak of the GPU called `name` in GB/s; None when it is not known."""
     return next((peak for part, peak in _PEAK_GBS if part in name), None)
+
+
+def gpu_layer_us(batch_size: int) -> float:
+    """Return the microseconds that the kernels of a layer take besides reading, in a captured step."""
+    return _ONE_ROW_LAYER_US if batch_size == 1 else _LAYER_US
 
 
 def measure_cpu_gbs() -> float:

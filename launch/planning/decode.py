@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from launch.cuda_devices import CudaDevice
 from launch.devices import are_gpus_linked, choose_all_reduce
 from launch.planning.all_reduce_time import SOURCES, all_reduce_us
-from launch.planning.bandwidth import SHARE_OF_PEAK, measure_cpu_gbs, peak_gbs
+from launch.planning.bandwidth import SHARE_OF_PEAK, gpu_layer_us, measure_cpu_gbs, peak_gbs
 from launch.planning.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer
 from launch.planning.memory import RankMemory
 from launch.planning.plan import DeploymentPlan, cuda_budget, planned_device
@@ -115,13 +115,22 @@ def _machine(
     machine = Machine(
         bandwidth_gbs=bandwidth_gbs,
         shares_memory=device.type == "cpu",
+        layer_us=gpu_layer_us if device.type == "cuda" else lambda batch_size: 0.0,
         all_reduce_us=_all_reduce(backend, options.all_reduce_us),
     )
     given = "--allreduce-us" if options.all_reduce_us is not None else SOURCES[backend]
     return machine, (
         f"memory is read at {bandwidth_gbs:,.0f} GB/s{shared}: {bandwidth_from}",
+        *_kernels_line(machine, device.type),
         f"an all-reduce takes the time of: {given}",
     )
+
+
+def _kernels_line(machine: Machine, kind: str) -> tuple[str, ...]:
+    if kind == "cpu":
+        return ()
+    one_row, several = machine.layer_us(1), machine.layer_us(2)
+    return (f"kernels of a layer take {one_row:.0f} us besides, with more rows {several:.0f}: as seen on H200",)
 
 
 def _all_reduce(backend: str, fixed_us: float | None) -> Callable[[int, int], float]:

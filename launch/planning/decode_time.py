@@ -1,9 +1,9 @@
-"""How long a decode step will take on some numbers of ranks, from memory bandwidth and all-reduces.
+"""How long a decode step will take on some numbers of ranks, from memory bandwidth, kernels and all-reduces.
 
-A step reads the weights of a rank and the keys and values of its sequences once, and sums twice a layer and
-once after the embedding; sampling exchanges once more. Nothing else is counted: launches of kernels, the
-host's share and arithmetic come on top, so this is a floor, and a comparison between numbers of ranks. Knows
-nothing of where the figures come from.
+A step reads the weights of a rank and the keys and values of its sequences once, takes some time for the
+kernels of every layer whatever they read, and sums twice a layer and once after the embedding; sampling
+exchanges once more. The host's share and arithmetic are not counted. Knows nothing of where the figures come
+from.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ class Machine:
     Attributes:
         bandwidth_gbs: what one device reads from its memory, in GB/s.
         shares_memory: all ranks share one memory and its bandwidth, as CPU ranks of a host do.
+        layer_us: from batch size to the microseconds that a layer takes besides reading and all-reduces.
         all_reduce_us: from number of ranks and bytes to the microseconds of one all-reduce.
     """
 
     bandwidth_gbs: float
     shares_memory: bool
+    layer_us: Callable[[int], float]
     all_reduce_us: Callable[[int, int], float]
 
 
@@ -45,12 +47,13 @@ class DecodeTime:
     num_ranks: int
     batch_size: int
     read_ms: float
+    kernels_ms: float
     all_reduce_ms: float
 
     @property
     def total_ms(self) -> float:
         """Time of the step."""
-        return self.read_ms + self.all_reduce_ms
+        return self.read_ms + self.kernels_ms + self.all_reduce_ms
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,6 +70,7 @@ def predict_decode(plan: ShardPlan, batch: Batch, machine: Machine) -> DecodeTim
         num_ranks=plan.world_size,
         batch_size=batch.size,
         read_ms=read_bytes / machine.bandwidth_gbs / 1e6,
+        kernels_ms=plan.shape.num_hidden_layers * machine.layer_us(batch.size) / 1e3,
         all_reduce_ms=num_exchanges(plan.shape) * machine.all_reduce_us(plan.world_size, message_bytes) / 1e3,
     )
 

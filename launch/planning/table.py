@@ -18,7 +18,7 @@ _RANK_HEADINGS = (
     *("rank", "q heads", "kv heads", "channels", "vocab", "weights MiB", "KV B/token"),
     *("blocks", "tokens"),
 )
-_TIME_HEADINGS = ("ranks", "batch", "reading ms", "all-reduce ms", "step ms", "tokens/s", "fits")
+_TIME_HEADINGS = ("ranks", "batch", "reading ms", "kernels ms", "all-reduce ms", "step ms", "tokens/s", "fits")
 _FITS = {True: "yes", False: "no", None: "?"}
 
 
@@ -67,6 +67,7 @@ def _time_fields(time: DecodeTime) -> dict[str, object]:
         "num_ranks": time.num_ranks,
         "batch_size": time.batch_size,
         "read_ms": round(time.read_ms, 4),
+        "kernels_ms": round(time.kernels_ms, 4),
         "all_reduce_ms": round(time.all_reduce_ms, 4),
         "step_ms": round(time.total_ms, 4),
         "tokens_per_s": round(time.tokens_per_s, 1),
@@ -89,7 +90,7 @@ def print_plan(planned: DeploymentPlan, forecast: DecodeForecast, warnings: list
     if planned.device != "cpu" and planned.ranks[0].budget is not None:
         console.print(_budget_table(planned))
     console.print(_time_table(planned, forecast))
-    lines = [f"a decode step with {forecast.context_len:,} tokens of context, at best:", *forecast.assumptions]
+    lines = [f"a decode step with {forecast.context_len:,} tokens of context:", *forecast.assumptions]
     console.print("\n  ".join(lines), markup=False, soft_wrap=True)
     for warning in warnings:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True, style="yellow")
@@ -136,7 +137,7 @@ def _time_table(planned: DeploymentPlan, forecast: DecodeForecast) -> Table:
     table = _new_table(_TIME_HEADINGS)
     for time in forecast.times:
         marked = "bold" if time.num_ranks == len(planned.ranks) else None
-        times = (time.read_ms, time.all_reduce_ms, time.total_ms)
+        times = (time.read_ms, time.kernels_ms, time.all_reduce_ms, time.total_ms)
         table.add_row(
             str(time.num_ranks),
             str(time.batch_size),
