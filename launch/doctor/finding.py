@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+NO_TIME = "no time was left for it; see --timeout-s"
 _MAX_TEXT = 900
 # Processes that want a CPU, for each that there is: from here on no answer may be a slow one.
 _BUSY = 2

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from launch.devices import are_gpus_linked, choose_all_reduce, place_on_gpu, prepare_shared_memory
-from launch.doctor.finding import Finding, bad, ok, refused, silent, skipped, warning
+from launch.doctor.finding import NO_TIME, Finding, bad, ok, refused, silent, skipped, warning
 from launch.doctor.forked import ask_child
 from launch.doctor.hosts import interface_of
 from launch.doctor.request import DoctorRequest
@@ -21,7 +21,6 @@ from tprt.errors import ConfigError
 
 _NAME = "all-reduce"
 _LONGEST_S = 6.0
-_NO_TIME = "no time was left for it; see --timeout-s"
 _ON_CPU: tuple[CollectiveBackend, ...] = ("shm", "gloo")
 _FIXES: dict[CollectiveBackend, str] = {
     "shm": "see whether seccomp or gVisor forbids memfd_create, or set parallel.all_reduce: gloo",
@@ -88,7 +87,7 @@ def _try_used(trial: Trial, request: DoctorRequest) -> Iterator[Finding]:
     name, fix, num_ranks = f"{_NAME} {trial.backend}", _FIXES[trial.backend], request.num_ranks
     timeout_s = request.left_s(_LONGEST_S)
     if timeout_s < LEAST_S:
-        yield skipped(name, _NO_TIME)
+        yield skipped(name, NO_TIME)
         return
     # What is shared by symm_mem belongs to the first group of a process.
     smaller = range(2, num_ranks) if trial.backend != "symm_mem" else ()
@@ -117,7 +116,7 @@ def _smaller_groups(name: str, problems: dict[int, str], num_sizes: int, fix: st
         return warning(name, f"{failed[0]}{works}", fix)
     untried = f"; no time for {num_sizes - len(fine)} more sizes" if len(fine) < num_sizes else ""
     if not fine:
-        return skipped(name, _NO_TIME)
+        return skipped(name, NO_TIME)
     return ok(name, f"groups of {', '.join(map(str, fine))} ranks sum as well{untried}", world_sizes=fine)
 
 
@@ -126,7 +125,7 @@ def _try_other(trial: Trial, request: DoctorRequest) -> Finding:
     name = f"{_NAME} {trial.backend}"
     timeout_s = request.left_s(_LONGEST_S)
     if timeout_s < LEAST_S:
-        return skipped(name, _NO_TIME)
+        return skipped(name, NO_TIME)
     (_, problem), *_ = trial.run([request.num_ranks], timeout_s)
     if problem:
         return warning(name, f"{problem}; this deployment does not need it", _FIXES[trial.backend])

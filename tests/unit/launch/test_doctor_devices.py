@@ -124,9 +124,17 @@ def test_a_pair_whose_copy_does_not_arrive_as_it_was_is_named() -> None:
 
 def test_a_pair_that_kills_or_hangs_the_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(peers, "_LEAST_S", 0.1)
     assert heard((0, 1), (True, True), (1, 0)).found == "device 1 to 0: the process died"
     row = heard((0, 1), timeout_s=0.1, stays=True)
     assert (row.verdict, row.found) == (Verdict.BAD, "device 0 to 1: nothing arrived in 0.1 s")
+
+
+def test_a_pair_that_the_end_of_all_checks_cuts_short_is_not_blamed() -> None:
+    row = heard((0, 1), (True, True), (1, 0), timeout_s=0.1, stays=True)
+    assert row.verdict is Verdict.SKIPPED
+    assert row.found.startswith("1 of 2 pairs of devices are well; for the rest no time was left")
+    assert heard((0, 1), (True, False), (1, 0), timeout_s=0.1, stays=True).verdict is Verdict.BAD
 
 
 def test_an_error_of_cuda_is_passed_on() -> None:
