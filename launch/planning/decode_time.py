@@ -63,7 +63,7 @@ class DecodeTime:
 
 def predict_decode(plan: ShardPlan, batch: Batch, machine: Machine) -> DecodeTime:
     """Predict a step of `batch` on the ranks of `plan`."""
-    sizes = [_bytes_read(plan.shape, shard, batch) for shard in plan.shards]
+    sizes = [bytes_read(plan.shape, shard, batch) for shard in plan.shards]
     read_bytes = sum(sizes) if machine.shares_memory else max(sizes)
     message_bytes = batch.size * plan.shape.hidden_size * batch.itemsize
     return DecodeTime(
@@ -91,8 +91,8 @@ def slower_than_fewer(times: Sequence[DecodeTime]) -> list[tuple[DecodeTime, Dec
     return slower
 
 
-def _bytes_read(shape: ModelShape, shard: RankShard, batch: Batch) -> int:
-    """Weights, without the embedding's table, of which a step reads a few rows; and keys and values."""
+def bytes_read(shape: ModelShape, shard: RankShard, batch: Batch) -> int:
+    """Return the bytes of weights, but for the embedding's table, of which few rows are read, and of KV."""
     lookup = 0 if shape.tie_word_embeddings else shard.vocab_rows.size * shape.hidden_size
     per_token = 2 * shard.kv_heads.size * shape.head_dim * shape.num_hidden_layers
     kv = batch.size * batch.context_len * per_token

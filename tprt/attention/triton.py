@@ -16,6 +16,7 @@ from tprt.attention.backend import AttentionBackend
 from tprt.attention.triton_kernels import decode_kernel, merge_kernel, prefill_kernel, store_kernel
 from tprt.attention.triton_tiles import Traits, decode_tile, num_splits, padded, prefill_tile
 from tprt.context import Context
+from tprt.kernels.dependent_launch import dependent_options
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -85,6 +86,7 @@ class TritonBackend(AttentionBackend):
             num_splits=splits,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **dependent_options(query.device),
         )
         if splits > 1:
             merge_kernel[(heads, num_seqs)](
@@ -93,6 +95,7 @@ class TritonBackend(AttentionBackend):
                 padded_dim=padded(head_dim),
                 tile=tile.tokens,
                 num_splits=splits,
+                **dependent_options(query.device),
             )
 
     def _chunks(

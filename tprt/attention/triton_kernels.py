@@ -11,6 +11,8 @@ width of the block tables: both change from step to step, and each new kind woul
 import triton
 import triton.language as tl
 
+from tprt.kernels.dependent_launch import await_predecessor
+
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
 def store_kernel(  # noqa: PLR0913
@@ -120,6 +122,7 @@ def decode_kernel(  # noqa: PLR0913
     block_size: tl.constexpr,
     tile: tl.constexpr,
     num_splits: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for (KV head, split, sequence): the query heads of the KV group are rows of one matrix.
 
@@ -131,6 +134,7 @@ def decode_kernel(  # noqa: PLR0913
     length = tl.load(context_lens + seq)
     share = tl.cdiv(tl.cdiv(length, tile), num_splits) * tile
     first = split * share
+    await_predecessor(dependent)
     if num_splits > 1:  # noqa: SIM102 (the outer one is decided by the compiler)
         if first >= length:
             return
@@ -170,12 +174,14 @@ def merge_kernel(  # noqa: PLR0913
     padded_dim: tl.constexpr,
     tile: tl.constexpr,
     num_splits: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for (head, sequence): weighs `partial` `[S, h, num_splits, D]` by its log-sum-exp."""
     head, seq = tl.program_id(0), tl.program_id(1)
     num_tiles = tl.cdiv(tl.load(context_lens + seq), tile)
     used = tl.cdiv(num_tiles, tl.maximum(tl.cdiv(num_tiles, num_splits), 1))
     split, dim = tl.arange(0, num_splits), tl.arange(0, padded_dim)
+    await_predecessor(dependent)
     at = seq * tl.num_programs(0) + head
     logs = tl.load(lse + at * num_splits + split, mask=split < used, other=float("-inf"))
     real = (split < used)[:, None] & (dim < head_dim)[None, :]

@@ -7,14 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tprt.kernels.dependent_launch import await_predecessor, dependent_options
+
 _TILE = 1024
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["token_ids"])
 def _look_up_kernel(  # noqa: PLR0913
-    output, token_ids, weight, first, num_rows, size, tile: tl.constexpr
+    output, token_ids, weight, first, num_rows, size, tile: tl.constexpr, dependent: tl.constexpr
 ):
     """One program for (token, tile)."""
+    await_predecessor(dependent)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     row = tl.load(token_ids + token).to(tl.int64) - first
@@ -28,5 +31,10 @@ def look_up_own(token_ids: Tensor, weight: Tensor, first: int) -> Tensor:
     (num_rows, size), tokens = weight.shape, len(token_ids)
     output = weight.new_empty(tokens, size)
     grid = (tokens, triton.cdiv(size, _TILE))
-    _look_up_kernel[grid](output, token_ids, weight, first, num_rows, size, tile=_TILE, num_warps=4)
+    _look_up_kernel[grid](
+        *(output, token_ids, weight, first, num_rows, size),
+        tile=_TILE,
+        num_warps=4,
+        **dependent_options(weight.device),
+    )
     return output

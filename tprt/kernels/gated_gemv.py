@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tprt.kernels.dependent_launch import await_predecessor, dependent_options
 from tprt.kernels.gemv import can_multiply
 from tprt.kernels.gemv_tiles import VectorTile, tile_for
 
@@ -27,10 +28,12 @@ def _gated_kernel(  # noqa: PLR0913
     rows: tl.constexpr,
     tile_n: tl.constexpr,
     tile_k: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for `tile_n` columns of the output `[rows, columns]`: as many rows of both weights."""
     n, k = tl.program_id(0) * tile_n + tl.arange(0, tile_n), tl.arange(0, tile_k)
     at = weight + n.to(tl.int64)[:, None] * inputs + k[None, :]
+    await_predecessor(dependent)
     gates_0, ups_0 = tl.zeros([tile_n, tile_k], tl.float32), tl.zeros([tile_n, tile_k], tl.float32)
     gates_1, ups_1 = tl.zeros([tile_n, tile_k], tl.float32), tl.zeros([tile_n, tile_k], tl.float32)
     for start in tl.static_range(0, inputs, tile_k):
@@ -82,5 +85,6 @@ def multiply_gated(x: Tensor, weight: Tensor) -> Tensor:
         tile_n=tile_n,
         tile_k=tile.inputs,
         num_warps=tile.num_warps,
+        **dependent_options(x.device),
     )
     return output

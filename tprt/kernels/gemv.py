@@ -1,10 +1,12 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 """Multiplying a few rows by a weight: reading the weight is all that takes time.
 
-For up to four rows each program multiplies some rows of the weight in registers; beyond, tensor cores do it
-with 16 rows, and where there are few columns several programs share the sum over the inputs (split-K). The last
-of them to finish adds up their parts in a fixed order, so results are the same every time. Sums are in float32.
-How the work is cut is in `gemv_tiles.py`.
+For one or two rows each program multiplies some rows of the weight in registers; beyond, tensor cores do it
+with 16 rows or more, and where there are few columns several programs share the sum over the inputs (split-K).
+The last of them to finish adds up their parts in a fixed order, so results are the same every time. Sums are in
+float32. How the work is cut is in `gemv_tiles.py`.
+
+On tensor cores, what a program reads of the weight first is on its way while it waits for the kernel before.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tprt.kernels import power_of_two
+from tprt.kernels.dependent_launch import LINE_BYTES, await_predecessor, dependent_options, prefetch
 from tprt.kernels.gemv_tiles import DotTile, VectorTile, tile_for
 
-_PADDED_ROWS = 16
+_LEAST_PADDED_ROWS = 16
 _MAX_GROUPS = 1 << 16
 # By device: how many programs of each group have come; 0 between launches, which follow one another.
 _arrivals: dict[torch.device, Tensor] = {}
@@ -35,10 +39,12 @@ def _vector_kernel(  # noqa: PLR0913
     has_bias: tl.constexpr,
     tile_n: tl.constexpr,
     tile_k: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for `tile_n` columns of the output `[rows, columns]`."""
     n, k = tl.program_id(0) * tile_n + tl.arange(0, tile_n), tl.arange(0, tile_k)
     at = weight + n.to(tl.int64)[:, None] * inputs + k[None, :]
+    await_predecessor(dependent)
     acc_0, acc_1 = tl.zeros([tile_n, tile_k], tl.float32), tl.zeros([tile_n, tile_k], tl.float32)
     acc_2, acc_3 = tl.zeros([tile_n, tile_k], tl.float32), tl.zeros([tile_n, tile_k], tl.float32)
     for start in tl.static_range(0, inputs, tile_k):
@@ -70,6 +76,15 @@ def _store_sum(output, acc, bias, row, n, columns: tl.constexpr, has_bias: tl.co
     tl.store(output + row * columns + n, total.to(output.dtype.element_ty), mask=n < columns)
 
 
+@triton.jit
+def _fetch_tile(weight, n, start, columns: tl.constexpr, inputs: tl.constexpr, tile_k: tl.constexpr):
+    """Bring `tile_k` numbers from `start` on of rows `n` of the weight into the L2 cache."""
+    in_line: tl.constexpr = LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
+    column = tl.minimum(start + tl.arange(0, triton.cdiv(tile_k, in_line)) * in_line, inputs - 1)
+    row = tl.minimum(n, columns - 1).to(tl.int64)
+    prefetch(weight + row[:, None] * inputs + column[None, :])
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _dot_kernel(  # noqa: PLR0913
     output,
@@ -87,6 +102,7 @@ def _dot_kernel(  # noqa: PLR0913
     tile_n: tl.constexpr,
     tile_k: tl.constexpr,
     num_splits: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for (`tile_n` columns, split): its share of the inputs, in whole tiles."""
     group, split = tl.program_id(0), tl.program_id(1)
@@ -94,6 +110,9 @@ def _dot_kernel(  # noqa: PLR0913
     share: tl.constexpr = (inputs + tile_k * num_splits - 1) // (tile_k * num_splits) * tile_k
     acc = tl.zeros([padded_rows, tile_n], tl.float32)
     at_x, at_w = x + row[:, None] * x_stride, weight + n.to(tl.int64)[None, :] * inputs
+    if dependent:
+        _fetch_tile(weight, n, split * share, columns, inputs, tile_k)
+    await_predecessor(dependent)
     for step in range(0, share, tile_k):
         column = split * share + step + k
         real = column < inputs
@@ -134,7 +153,7 @@ def can_multiply(x: Tensor, weight: Tensor) -> bool:
 
 
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x W^T + bias`, `[T, in]` to `[T, out]`, for at most 16 rows; ask `can_multiply` before."""
+    """Return `x W^T + bias`, `[T, in]` to `[T, out]`, for a few rows; ask `can_multiply` before."""
     tile = tile_for(len(x), *weight.shape)
     assert tile is not None, "cuBLAS is faster"
     return multiply_with(tile, x, weight, bias)
@@ -155,6 +174,7 @@ def multiply_with(tile: VectorTile | DotTile, x: Tensor, weight: Tensor, bias: T
             tile_n=tile.columns,
             tile_k=tile.inputs,
             num_warps=tile.num_warps,
+            **dependent_options(x.device),
         )
         return output
     split = tile.splits > 1
@@ -163,12 +183,13 @@ def multiply_with(tile: VectorTile | DotTile, x: Tensor, weight: Tensor, bias: T
         *(output, parts, _arrivals_on(x.device, groups) if split else output, x, weight, given),
         *(rows, x.stride(0)),
         **shapes,
-        padded_rows=_PADDED_ROWS,
+        padded_rows=max(_LEAST_PADDED_ROWS, power_of_two(rows)),
         tile_n=tile.columns,
         tile_k=tile.inputs,
         num_splits=tile.splits,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **dependent_options(x.device),
     )
     return output
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 
 _VECTOR_ROWS = 2
-_DOT_ROWS = 16
-# cuBLAS keeps every processor busy anyway where a weight has more numbers than this.
-_LARGE_WEIGHT = 96 << 20
+_FEW_ROWS, _DOT_ROWS = 16, 64
+# cuBLAS keeps all processors busy where a weight has more numbers than this, with few and with many rows.
+_LARGE_WEIGHT, _LARGE_WEIGHT_OF_MANY = 96 << 20, 8 << 20
+# Programs of so many rows that are enough for the processors of a large GPU.
+_MANY_PROGRAMS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,9 @@ def tile_for(rows: int, columns: int, inputs: int) -> VectorTile | DotTile | Non
     if rows <= _VECTOR_ROWS:
         return _vector_tile(columns, inputs)
     # Tensor cores read 16 bytes at a time: rows of the weight have to begin at multiples of them.
-    if inputs % 8 or columns * inputs > _LARGE_WEIGHT:
+    if inputs % 8 or columns * inputs > (_LARGE_WEIGHT if rows <= _FEW_ROWS else _LARGE_WEIGHT_OF_MANY):
         return None
-    return _dot_tile(columns, inputs)
+    return _dot_tile(columns, inputs) if rows <= _FEW_ROWS else _dot_tile_of_many(columns, inputs)
 
 
 def _vector_tile(columns: int, inputs: int) -> VectorTile:
@@ -61,3 +63,13 @@ def _dot_tile(columns: int, inputs: int) -> DotTile:
     while -(-columns // 16) * splits < 256 and inputs // (2 * splits) >= 512:
         splits *= 2
     return DotTile(16, 256, splits, 2, 4)
+
+
+def _dot_tile_of_many(columns: int, inputs: int) -> DotTile:
+    """Take wide tiles where they are programs enough: each reads all rows of the input."""
+    if columns >= 32 * _MANY_PROGRAMS:
+        return DotTile(32, 128, 1, 4, 4)
+    splits = 1
+    while -(-columns // 16) * splits < _MANY_PROGRAMS and inputs // (2 * splits) >= 512:
+        splits *= 2
+    return DotTile(16, 128, splits, 4, 4)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tprt.kernels import power_of_two
+from tprt.kernels.dependent_launch import await_predecessor, dependent_options
 
 MAX_SIZE = 16384
 """The largest row: one program holds all of it in registers."""
@@ -16,19 +17,28 @@ MAX_SIZE = 16384
 
 @triton.jit
 def _norm_kernel(  # noqa: PLR0913
-    output, x, residual, weight, eps, size: tl.constexpr, padded: tl.constexpr, adds: tl.constexpr
+    output,
+    x,
+    residual,
+    weight,
+    eps,
+    size: tl.constexpr,
+    padded: tl.constexpr,
+    adds: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for a row; the sum, and what the weight multiplies, are rounded to the row's type."""
     start = tl.program_id(0).to(tl.int64) * size
     column = tl.arange(0, padded)
     real = column < size
+    scale = tl.load(weight + column, mask=real, other=0.0)
+    await_predecessor(dependent)
     row = tl.load(x + start + column, mask=real, other=0.0)
     dtype = row.dtype
     if adds:
         before = tl.load(residual + start + column, mask=real, other=0.0)
         row = (row.to(tl.float32) + before.to(tl.float32)).to(dtype)
         tl.store(residual + start + column, row, mask=real)
-    scale = tl.load(weight + column, mask=real, other=0.0)
     wide = row.to(tl.float32)
     mean = tl.sum(wide * wide, 0) / size
     normed = (wide * tl.rsqrt(mean + eps)).to(dtype).to(tl.float32)
@@ -59,5 +69,6 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         padded=padded,
         adds=residual is not None,
         num_warps=min(16, max(1, padded // 256)),
+        **dependent_options(x.device),
     )
     return output

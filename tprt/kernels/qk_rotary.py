@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tprt.kernels import power_of_two
+from tprt.kernels.dependent_launch import await_predecessor, dependent_options
 
 # So many tokens make programs enough, and several heads can share one.
 _MANY_TOKENS = 64
@@ -85,6 +86,7 @@ def _prepare_kernel(  # noqa: PLR0913
     norms: tl.constexpr,
     writes: tl.constexpr,
     keeps_keys: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for (token, `tile` heads, all of one kind); `half` is that of the head's size.
 
@@ -96,14 +98,15 @@ def _prepare_kernel(  # noqa: PLR0913
     head, dim = first + tl.arange(0, tile), tl.arange(0, padded)
     real = (dim < half)[None, :] & (head >= 0)[:, None]
     inside = head[:, None] * (2 * half) + dim[None, :]
-    a = tl.load(qkv + token * row_stride + inside, mask=real, other=0.0)
-    b = tl.load(qkv + token * row_stride + inside + half, mask=real, other=0.0)
+    rotation = tl.load(positions + token).to(tl.int64) * (2 * half)
+    await_predecessor(dependent)
+    source = qkv + token * row_stride + inside
+    a, b = tl.load(source, mask=real, other=0.0), tl.load(source + half, mask=real, other=0.0)
     if first < heads + kv_heads:
         if norms:
             weight = query_weight if first < heads else key_weight
             a, b = _normalised(a, b, weight, eps, half, padded)
-        at = tl.load(positions + token).to(tl.int64) * (2 * half)
-        a, b = _rotated(a, b, cos_table + at, sin_table + at, half, padded)
+        a, b = _rotated(a, b, cos_table + rotation, sin_table + rotation, half, padded)
     if first < heads:
         at = query + token * (heads * 2 * half) + inside
         tl.store(at, a, mask=real)
@@ -111,8 +114,8 @@ def _prepare_kernel(  # noqa: PLR0913
     else:
         is_key = first < heads + kv_heads
         if keeps_keys and is_key:
-            tl.store(qkv + token * row_stride + inside, a, mask=real)
-            tl.store(qkv + token * row_stride + inside + half, b, mask=real)
+            tl.store(source, a, mask=real)
+            tl.store(source + half, b, mask=real)
         if writes:
             slot = tl.load(slots + token).to(tl.int64)
             before = heads if is_key else heads + kv_heads
@@ -163,6 +166,7 @@ def prepare_attention(
         writes=cache is not None,
         keeps_keys=keep_keys,
         num_warps=1,
+        **dependent_options(qkv.device),
     )
     return query, qkv[:, num_q : num_q + num_kv], qkv[:, num_q + num_kv :]
 

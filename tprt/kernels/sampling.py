@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tprt.kernels import power_of_two
+from tprt.kernels.dependent_launch import await_predecessor, dependent_options
 from tprt.kernels.logarithm import COEFFICIENTS, LOG_TWO, SQRT_HALF_BITS
 from tprt.kernels.truncation import level_bits, levels_of
 
@@ -64,10 +65,12 @@ def _score_kernel(  # noqa: PLR0913
     random: tl.constexpr,
     cuts: tl.constexpr,
     tile: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for (row, part): the highest score, and the lowest column that has it."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * tile + tl.arange(0, tile)
+    await_predecessor(dependent)
     scores = tl.load(logits + row * row_stride + column, mask=column < size, other=float("-inf")).to(tl.float32)
     if random:
         temperature = tl.load(temperatures + row)
@@ -85,11 +88,20 @@ def _score_kernel(  # noqa: PLR0913
 
 @triton.jit
 def _reduce_kernel(  # noqa: PLR0913
-    output, scores, columns, first_id, size, num_parts, padded: tl.constexpr, as_candidates: tl.constexpr
+    output,
+    scores,
+    columns,
+    first_id,
+    size,
+    num_parts,
+    padded: tl.constexpr,
+    as_candidates: tl.constexpr,
+    dependent: tl.constexpr,
 ):
     """One program for a row: the best of its parts."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
     at, real = row * num_parts + part, part < num_parts
+    await_predecessor(dependent)
     score = tl.load(scores + at, mask=real, other=float("-inf"))
     column = tl.load(columns + at, mask=real, other=0x7FFFFFFF)
     best = tl.max(score, 0)
@@ -136,6 +148,7 @@ def sample_tokens(
         num_warps=4,
         # A fused multiplication and addition rounds once where the CPU rounds twice.
         enable_fp_fusion=False,
+        **dependent_options(device),
     )
     shape, dtype = ((rows, 2), torch.float64) if as_candidates else ((rows,), torch.int64)
     output = torch.empty(shape, dtype=dtype, device=device)
@@ -144,5 +157,6 @@ def sample_tokens(
         padded=power_of_two(parts),
         as_candidates=as_candidates,
         num_warps=min(8, max(1, power_of_two(parts) // 128)),
+        **dependent_options(device),
     )
     return output

@@ -66,5 +66,16 @@ def test_tiles_cover_a_few_rows_and_leave_the_rest_to_cublas() -> None:
     assert isinstance(dot, DotTile)
     assert dot.splits > 1
     assert 1024 / dot.columns * dot.splits >= 132
-    for shape in ((0, 8, 8), (17, 4096, 1024), (8, 4096, 1020), (8, 151936, 4096), (1, 0, 8), (1, 8, 0)):
+    many = tile_for(64, 1024, 3072)
+    assert isinstance(many, DotTile)
+    assert (many.columns, many.splits) == (16, 2)
+    for shape in (
+        (0, 8, 8),
+        (65, 4096, 1024),
+        (17, 6144, 4096),
+        (8, 4096, 1020),
+        (8, 151936, 4096),
+        (1, 0, 8),
+        (1, 8, 0),
+    ):
         assert tile_for(*shape) is None, shape
