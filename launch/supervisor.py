@@ -183,9 +183,9 @@ class Supervisor:
         return [*self._coordinator, *server, *(self._group.children if self._group else ())]
 
     def _may_go_on(self) -> bool:
-        return (
-            any(child.exit_code is None for child in self._children()) and time.monotonic() < self._deadline_s
-        )
+        # Where nobody has asked them to, the end of the last ones is still to be looked at.
+        is_any_left = any(child.exit_code is None for child in self._children())
+        return (is_any_left or not self._stop_asked) and time.monotonic() < self._deadline_s
 
     def _wait(self) -> set[int]:
         """Return the descriptors that have something, once one has."""
