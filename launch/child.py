@@ -17,6 +17,8 @@ EPOCH = "TPRT_EPOCH"
 SUPERVISOR_FD = "TPRT_SUPERVISOR_FD"
 LISTENER_FD = "TPRT_LISTENER_FD"
 API_KEYS = "TPRT_API_KEYS"
+# Name of the run directory in which ranks that torchrun has started look for their environment.
+MEETING = "TPRT_MEETING"
 # For a deployment over several hosts, besides MASTER_ADDR and MASTER_PORT, where the ranks' store listens.
 HOSTS_FD = "TPRT_HOSTS_FD"
 HOSTS_SECRET = "TPRT_HOSTS_SECRET"

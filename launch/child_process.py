@@ -32,6 +32,7 @@ class ChildSpec:
         pass_fds: descriptors that it inherits, under the same numbers.
         sink: where its output goes.
         rank: its rank, if it is one.
+        is_adopted: torchrun has started it, and it waits for `env`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ChildSpec:
     pass_fds: tuple[int, ...] = ()
     sink: LogSink = SHOWN
     rank: int | None = None
+    is_adopted: bool = False
 
 
 class ChildProcess:

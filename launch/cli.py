@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from launch import config_command
 from launch.bench import command as bench_command
 from launch.chat_command import chat
 from launch.doctor_command import doctor
-from launch.failure import INPUT_ERRORS
+from launch.exit_codes import EXIT_INTERRUPTED, leave_with
 from launch.generate_command import generate
 from launch.planning.command import plan
 from launch.serving.command import serve
@@ -20,10 +21,6 @@ from launch.status_command import status
 from launch.stop_command import stop
 from launch.torchrun_options import with_torchrun_options
 from tprt.errors import TprtError
-
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     help="A tensor-parallel runtime for large language models.",
@@ -52,12 +49,11 @@ def _options(
         raise typer.Exit
 
 
-def main() -> None:
-    """Run the command line; the console script `tprt`."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, that of this process if there are no `arguments`; the console script `tprt`."""
     try:
-        app(prog_name="tprt")
+        app(arguments, prog_name="tprt")
     except TprtError as error:
-        print(f"tprt: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT if isinstance(error, INPUT_ERRORS) else EXIT_FAILED)
+        leave_with(error)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -6,12 +6,13 @@ no start-up.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from launch.child import API_KEYS, LISTENER_FD
+from launch.child import API_KEYS, LISTENER_FD, MEETING
 from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
@@ -21,7 +22,7 @@ from launch.parent_death import RUN_DIR
 from launch.planning.rank_weights import resolve_rank_weights
 from launch.program_end import ProgramEnd
 from launch.rank_specs import LOOPBACK, make_rank_specs
-from launch.run_dir import RunDir, newest_heartbeats, request_address, write_config
+from launch.run_dir import RunDir, adopts_ranks, newest_heartbeats, request_address, write_config
 from launch.serving.record import read_server
 from launch.supervisor import Supervisor
 from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
@@ -38,6 +39,10 @@ from tprt.transport.zmq_socket import RequestClient
 _LOOK_S = 0.1
 # A coordinator that gives up ends at once, and the supervisor then names the cause.
 _CAUSE_S = 2.0
+# A signal that torchrun sends to all ranks has come to all, and what has failed before is explained; it kills
+# those that are still there after 30 s.
+_SIGNAL_S = 0.3
+_EXPLANATION_S = 10.0
 # The coordinator gives up first, since it can name the ranks that are late.
 _STARTUP_GRACE_S = 5.0
 # The server ends what has not finished in time, and then itself.
@@ -62,7 +67,7 @@ class Deployment:
         self._head = open_head(config)
         self.ready: EngineReady | None = None
         self._pulse: CoordinatorPulse | None = None
-        self._run_dir = RunDir.create()
+        self._run_dir = RunDir.create(name=os.environ.pop(MEETING, None))
         self._supervisor = Supervisor(self._run_dir.path, config.supervision, parallel.tensor_parallel_size)
         self._program_end = ProgramEnd(self.kill)
         self._program_end.guard()
@@ -196,6 +201,17 @@ class Deployment:
     def raise_if_failed(self) -> None:
         """Raise the first cause if a process has failed."""
         self._supervisor.raise_if_failed()
+
+    def explain_signal(self) -> None:
+        """Raise the first cause if torchrun has asked this program to end because of a failure.
+
+        It does so as soon as one of the ranks that it has started is gone, and before that is understood here.
+        """
+        if adopts_ranks(self._run_dir.path):
+            self._supervisor.wait_for_failure(_SIGNAL_S)
+            if self._supervisor.has_lost_ranks:
+                self._supervisor.wait_for_failure(_EXPLANATION_S)
+            self.raise_if_failed()
 
     def expect_end(self) -> None:
         """From now on processes that end have been asked to."""

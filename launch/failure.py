@@ -96,7 +96,8 @@ class Death:
 
     Attributes:
         name, pid: which one.
-        exit_code: how it ended (negative: by that signal); None if it is about to, as its record says.
+        exit_code: how it ended (negative: by that signal); None if it is about to, as its record says, or if
+            it was not started here.
         record: what it has left, if anything.
         phase: what it was at, as others could see it; empty if nobody could.
         step: the step that it had begun last.
@@ -207,7 +208,9 @@ def _step(death: Death) -> str:
 
 
 def _exit_words(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
+    if exit_code is None:
+        return "has ended without a report"
+    if exit_code < 0:
         known = -exit_code in {number.value for number in signal.Signals}
         return f"was killed by {signal.Signals(-exit_code).name if known else f'signal {-exit_code}'}"
     return f"ended unexpectedly with exit code {exit_code}"

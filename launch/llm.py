@@ -164,6 +164,8 @@ class LLM:
                     self._client.abort(request_id)
             for index in range(reported, len(completions)):
                 on_finished(index, completions[index])
+            if end.is_asked:
+                self._deployment.explain_signal()
             end.catch_up()
         return completions
 

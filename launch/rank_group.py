@@ -1,5 +1,6 @@
 """The processes of one epoch on this host: started together, ended together, and what their deaths say.
 
+Ranks that torchrun has started are told to begin, and end with the others, since they lose the coordinator.
 Knows nothing of who decides that there is another epoch.
 """
 
@@ -16,9 +17,11 @@ from launch.child_log import LogTee
 from launch.child_process import ChildProcess, ChildSpec
 from launch.failure import Death, forget_failures, read_failure
 from launch.run_dir import epoch_dir, heartbeats_path, stack_path
+from launch.torchrun.adoption import adopt
 from tprt.errors import TransportError
 from tprt.transport.heartbeat import HeartbeatReader, RankBeat, announce_process
 from tprt.transport.heartbeat_file import create_heartbeats
+from tprt.transport.peer_process import is_gone
 
 # Signals on which a process shows its stacks before it dies.
 _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
@@ -37,6 +40,7 @@ class RankGroup:
         self._specs = specs
         self._tee = tee
         self._world_size = world_size
+        self._adopted = {spec.rank for spec in specs if spec.is_adopted}
         self._oom_kills_before = _count_oom_kills()
 
     def start(self) -> str | None:
@@ -49,6 +53,9 @@ class RankGroup:
             create_heartbeats(heartbeats_path(self._run_dir, self.epoch), self._world_size)
             epoch_dir(self._run_dir, self.epoch).mkdir(mode=0o700, exist_ok=True)
             for spec in self._specs:
+                if spec.is_adopted:
+                    adopt(self._run_dir, spec)
+                    continue
                 failure = start_child(self.children, spec, self._tee)
                 if failure is not None:
                     return failure
@@ -63,7 +70,7 @@ class RankGroup:
         """Return what there is to say of processes that have ended, or are about to, as their records say."""
         beats = self._beats()
         is_out_of_memory = _count_oom_kills() > self._oom_kills_before
-        return [
+        children = [
             Death(
                 child.name,
                 child.pid,
@@ -77,6 +84,13 @@ class RankGroup:
             )
             for child in self.children
             if (record := read_failure(self._run_dir, child.name)) is not None or child.exit_code is not None
+        ]
+        return children + [
+            Death(f"rank {beat.rank}", beat.pid, None, record, beat.phase.words, beat.step)
+            for beat in beats
+            if beat.rank in self._adopted
+            if (record := read_failure(self._run_dir, f"rank {beat.rank}")) is not None
+            or (beat.pid and is_gone(beat.state))
         ]
 
     def end(self) -> None:

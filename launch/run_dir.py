@@ -31,6 +31,8 @@ _PREFIX = "tprt-"
 _TRIAL_PREFIX = "tprt-trial-"
 _LOCK = "owner.lock"
 _CONFIG = "config.json"
+# Is in a folder whose ranks somebody else has started.
+_ADOPTS = "adopts-ranks"
 
 
 class RunDir:
@@ -41,21 +43,21 @@ class RunDir:
         self._lock_fd = lock_fd
 
     @classmethod
-    def create(cls, is_trial: bool = False) -> RunDir:
+    def create(cls, is_trial: bool = False, name: str | None = None) -> RunDir:
         """Make one in the first place that is writable, and remove what killed processes have left there.
 
         Args:
             is_trial: it is for no deployment, and none is found in it.
+            name: under which ranks that another launcher has started look for it; see `find_named`.
 
         Raises:
-            ConfigError: no writable place was found.
+            ConfigError: no writable place was found, or there is one of that name.
         """
         tried = []
         for parent in _places():
             _remove_abandoned(parent)
             try:
-                prefix = _TRIAL_PREFIX if is_trial else _PREFIX
-                path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+                path = _make_named(parent, name) if name else _make(parent, is_trial)
                 return cls(path, _hold(path))
             except OSError as error:
                 tried.append(f"{parent}: {error.strerror}")
@@ -77,6 +79,34 @@ def _places() -> Iterator[str]:
         path = os.path.abspath(parent or "/")
         if parent and len(os.fsencode(path)) <= _MAX_FOLDER:
             yield path
+
+
+def _make(parent: str, is_trial: bool) -> Path:
+    return Path(tempfile.mkdtemp(prefix=_TRIAL_PREFIX if is_trial else _PREFIX, dir=parent))
+
+
+def _make_named(parent: str, name: str) -> Path:
+    path = Path(parent, _PREFIX + name)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        raise ConfigError(
+            f"{path} is there already: ranks of two deployments would meet in it; end the other one, or give"
+            " this one another MASTER_PORT"
+        ) from None
+    (path / _ADOPTS).touch()
+    return path
+
+
+def find_named(name: str) -> Path | None:
+    """Return the run directory of this user with that name, if its owner lives."""
+    paths = (Path(parent, _PREFIX + name) for parent in _places())
+    return next((path for path in paths if owner_lives(path)), None)
+
+
+def adopts_ranks(run_dir: Path) -> bool:
+    """Tell whether ranks that another launcher has started look for their environment there."""
+    return (run_dir / _ADOPTS).exists()
 
 
 def _hold(path: Path) -> int:
@@ -102,7 +132,7 @@ def remove_abandoned() -> None:
 def _remove_abandoned(parent: str) -> None:
     with contextlib.suppress(OSError):
         for path in Path(parent).glob(f"{_PREFIX}*"):
-            if _owner_lives(path) is False:
+            if owner_lives(path) is False:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -111,10 +141,10 @@ def living_run_dirs() -> list[Path]:
     # One place may be there under two names.
     places = {Path(parent).resolve() for parent in _places()}
     found = (path for place in places for path in place.glob(f"{_PREFIX}*"))
-    return sorted(path for path in found if not path.name.startswith(_TRIAL_PREFIX) and _owner_lives(path))
+    return sorted(path for path in found if not path.name.startswith(_TRIAL_PREFIX) and owner_lives(path))
 
 
-def _owner_lives(path: Path) -> bool | None:
+def owner_lives(path: Path) -> bool | None:
     """Whether the owner of a run directory lives; None for what is none, or not of this user."""
     try:
         found = path.lstat()

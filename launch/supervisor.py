@@ -109,6 +109,11 @@ class Supervisor:
         """Tell whether a failure has ended the deployment."""
         return self._failure is not None
 
+    @property
+    def has_lost_ranks(self) -> bool:
+        """Tell whether ranks have failed, which may be about to end the deployment."""
+        return (group := self._group) is None or bool(group.deaths())
+
     def raise_if_failed(self) -> None:
         """Raise the first cause if the deployment has failed.
 

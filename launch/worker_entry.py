@@ -1,19 +1,24 @@
-"""The process of one rank: `python -m launch.worker_entry`, started by tprt.
+"""The process of one rank: `python -m launch.worker_entry`, started by tprt or by torchrun.
 
 Reads RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them, and the run directory and
-epoch from variables of tprt's own.
+epoch from variables of tprt's own. Without those it was started by torchrun, and gets them in `torchrun.entry`.
 """
 
 from __future__ import annotations
 
-from launch.parent_death import RUN_DIR, die_with_parent
+import os
+
+from launch.parent_death import PARENT_PID, RUN_DIR, die_with_parent
 
 if __name__ == "__main__":
+    if RUN_DIR not in os.environ:
+        # The parent is torchrun, whatever has started that one.
+        os.environ.pop(PARENT_PID, None)
     # Before the imports below, which take their time.
     die_with_parent()
 
 import contextlib
-import os
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +193,12 @@ def open_beat(place: WorkerPlace) -> HeartbeatWriter:
 
 def main() -> None:
     """Run this rank."""
+    was_launched = RUN_DIR not in os.environ
+    if was_launched:
+        # Only here, since a rank that tprt starts needs none of what this imports.
+        from launch.torchrun.entry import enter
+
+        enter(sys.argv[1:])
     place = read_place()
     name = f"rank {place.rank}"
     install_stack_dumps(place.run_dir, name)
@@ -195,7 +206,15 @@ def main() -> None:
     config = read_config(place.run_dir)
     configure_logging(config.logging.level, config.logging.format, name)
     process = WorkerProcess(place, config, beat)
-    run_child(name, place.run_dir, process.phase, process.run, process.report)
+
+    def report(error: Exception) -> None:
+        process.report(error)
+        if was_launched:
+            from launch.torchrun.entry import give_way
+
+            give_way(error)
+
+    run_child(name, place.run_dir, process.phase, process.run, report)
 
 
 if __name__ == "__main__":

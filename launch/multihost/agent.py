@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 
+from launch.child import MEETING
 from launch.child_log import LogTee
 from launch.log_dir import make_log_dir
 from launch.multihost.epoch_on_host import EpochOnHost
@@ -18,11 +19,12 @@ from launch.multihost.join import join
 from launch.multihost.network import choose_interface
 from launch.multihost.news import pack_cause
 from launch.program_end import ProgramEnd
-from launch.run_dir import RunDir, write_config
+from launch.run_dir import RunDir, adopts_ranks, write_config
 from launch.serving.http_socket import API_KEY
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, split_endpoint
 from tprt.coordinator.cause import Cause, CauseKind
+from tprt.errors import EngineDeadError
 from tprt.log import configure_logging
 
 _DRAIN_S = 1.0
@@ -33,6 +35,7 @@ def run_agent(config: Config) -> None:
 
     Raises:
         ConfigError, CheckpointError: this host cannot take part; says why.
+        EngineDeadError: a group of ranks that this host cannot start again has ended.
         TransportTimeoutError: node rank 0 did not answer in `hosts.join_timeout_s`.
     """
     configure_logging(config.logging.level, config.logging.format, f"node rank {config.hosts.node_rank}")
@@ -60,7 +63,7 @@ class Agent:
         self._token = steps_token(self._secret, config.hosts)
         self._card = make_card(config)
         self._tee = LogTee()
-        self._run_dir = RunDir.create()
+        self._run_dir = RunDir.create(name=os.environ.pop(MEETING, None))
         write_config(self._run_dir.path, config)
 
     def run(self) -> None:
@@ -76,6 +79,9 @@ class Agent:
             if not why:
                 self._say("the deployment has ended")
                 return
+            if adopts_ranks(self._run_dir.path):
+                # Whoever has started the ranks starts them again, and this process with them.
+                raise EngineDeadError(f"node rank {hosts.node_rank}: {why}")
             self._say(f"{why}; joining again")
 
     def close(self) -> None:

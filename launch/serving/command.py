@@ -74,6 +74,7 @@ def _serve_until_signal(deployment: Deployment, client: EngineClient) -> None:
     with PutOffEnd() as end:
         while not end.is_asked:
             deployment.poll(client)
+        deployment.explain_signal()
         timeout_s = deployment.config.server.drain_timeout_s
         _say(f"no new requests; up to {timeout_s:g} s for those that run, a second signal ends them at once")
         deployment.drain_server(client)

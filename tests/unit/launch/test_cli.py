@@ -13,6 +13,7 @@ import pytest
 
 from launch import cli, config_command
 from launch.config_file import config_schema, load_config
+from launch.exit_codes import EXIT_BAD_INPUT
 from tprt import errors
 
 Run = Callable[..., int]
@@ -63,7 +64,7 @@ def test_a_checkpoint_that_recommends_what_is_no_sampling_is_told_before_anythin
     file = tmp_path / "deployment.yaml"
     file.write_text(f"model: {{path: {tmp_path}}}\nserver: {{port: 0}}\n")
     for command in (["serve", str(file)], ["chat", str(file)], ["generate", str(file), "--prompt", "x"]):
-        assert run(*command) == cli.EXIT_BAD_INPUT
+        assert run(*command) == EXIT_BAD_INPUT
         (line,) = capsys.readouterr().err.splitlines()
         assert "generation_config.json: sampling parameter top_p is 2.0; expected above 0, at most 1;" in line
 
@@ -75,7 +76,7 @@ def test_traces_without_their_extra_are_refused_before_anything_starts(
     monkeypatch.delitem(sys.modules, "tprt.server.http.request_trace", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     endpoint = "server.otlp_traces_endpoint=http://127.0.0.1:4318/v1/traces"
-    assert run("serve", file, "--port", "0", "--set", endpoint) == cli.EXIT_BAD_INPUT
+    assert run("serve", file, "--port", "0", "--set", endpoint) == EXIT_BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'tprt[otel]'" in line
 

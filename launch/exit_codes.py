@@ -1,0 +1,21 @@
+"""How a program of tprt ends: with one message and an exit code.
+
+Knows nothing of what the program does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from launch.failure import INPUT_ERRORS
+from tprt.errors import TprtError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def leave_with(error: TprtError) -> None:
+    """Tell people what is wrong, and exit: with 2 where they can put it right, else with 1."""
+    print(f"tprt: {error}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT if isinstance(error, INPUT_ERRORS) else EXIT_FAILED)

@@ -1,0 +1,1 @@
+"""A deployment whose processes torchrun, or another launcher that sets its variables, has started."""

@@ -1,0 +1,126 @@
+"""Under plain torchrun a deployment has the tokens of transformers, and a rank that dies is one cause."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.checkpoints import reference_tokens
+from tests.support.deployments import TinyDeployment, descendants, start, still_there
+from tprt.errors import TransportError
+from tprt.transport.heartbeat import HeartbeatReader, RankBeat
+
+CONFIG = "configs/smollm2-135m-tp2-cpu.yaml"
+MODEL = ".models/SmolLM2-135M-Instruct"
+PROMPT = [504, 8087, 314]
+NUM_TOKENS = 6
+# Enough to kill a rank meanwhile.
+NUM_TOKENS_OF_TINY = 500
+# A whole start on a busy machine, and the end of one.
+START_S = 100.0
+END_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(tmpdir_of_children: Path) -> Iterator[None]:
+    """Every test starts and ends without children, run directories and shared memory."""
+    yield
+    # torchrun keeps its logs where others have what is temporary.
+    for left in tmpdir_of_children.glob("torchelastic_*"):
+        shutil.rmtree(left)
+
+
+@contextmanager
+def torchrun(nproc_per_node: int, *arguments: str, max_restarts: int = 0) -> Iterator[Popen[str]]:
+    """Start torchrun with its own rendezvous; at the end all that it has started is gone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(nproc_per_node), "--max-restarts", str(max_restarts)]
+    command += ["-m", "launch.worker_entry"]
+    with start([*command, *arguments]) as process:
+        try:
+            yield process
+        finally:
+            started = descendants(process.pid)
+            process.kill()
+            assert still_there(started) == []
+
+
+def generate(prompt: list[int], num_tokens: int) -> list[str]:
+    ids = ",".join(map(str, prompt))
+    greedy = ["--temperature", "0", "--ignore-eos", "--json"]
+    return ["generate", "--prompt-ids", ids, "--max-tokens", str(num_tokens), *greedy]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_tokens_are_those_of_transformers(world_size: int) -> None:
+    with torchrun(world_size, "--config", CONFIG, *generate(PROMPT, NUM_TOKENS)) as process:
+        out, said = process.communicate(timeout=START_S)
+    assert process.returncode == 0, said
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    assert json.loads(out)["token_ids"] == reference_tokens(model, PROMPT, NUM_TOKENS)
+    assert f"parallel.tensor_parallel_size is {world_size}, as many as there are processes" in said
+
+
+def ranks_in(folder: Path, process: Popen[str]) -> list[RankBeat]:
+    """Return what the ranks note of themselves once each is in a step."""
+    deadline_s = time.monotonic() + START_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        for path in folder.glob("tprt-*/heartbeats-*"):
+            with contextlib.suppress(TransportError):
+                reader = HeartbeatReader.open(path)
+                beats = reader.read()
+                reader.close()
+                if all(beat.step > 0 for beat in beats):
+                    return beats
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"no step has begun: {process.communicate()}")
+
+
+def kill(rank: int, folder: Path, process: Popen[str]) -> str:
+    """Kill a rank within a step; return how what is said of it begins."""
+    pid = ranks_in(folder, process)[rank].pid
+    os.kill(pid, signal.SIGKILL)
+    return f"tprt: rank {rank} (pid {pid}) "
+
+
+def cause_in(said: str) -> str:
+    """Return the one line that tells of a rank."""
+    causes = [line for line in said.splitlines() if line.startswith("tprt: rank ")]
+    assert len(causes) == 1, said
+    return causes[0]
+
+
+def test_a_rank_that_dies_is_one_cause_and_an_exit_code(tiny: TinyDeployment, tmpdir_of_children: Path) -> None:
+    with torchrun(2, "--config", tiny.config, *generate([5, 6, 7], 60000)) as process:
+        victim = kill(0, tmpdir_of_children, process)
+        _, said = process.communicate(timeout=END_S)
+    assert process.returncode == 1
+    assert cause_in(said).startswith(f"{victim}was killed by SIGKILL in phase decode, step ")
+    assert "rank      : 0 (local_rank: 0)" in said.partition("Root Cause (first observed failure):")[2]
+
+
+def test_after_a_rank_has_died_torchrun_starts_all_of_it_again(
+    tiny: TinyDeployment, tmpdir_of_children: Path
+) -> None:
+    arguments = ("--config", tiny.config, *generate([5, 6, 7], NUM_TOKENS_OF_TINY))
+    with torchrun(2, *arguments, max_restarts=1) as process:
+        victim = kill(1, tmpdir_of_children, process)
+        out, said = process.communicate(timeout=START_S)
+    assert process.returncode == 0, said
+    assert cause_in(said).startswith(f"{victim}has ended without a report in phase decode, step ")
+    *_, line = out.splitlines()
+    assert json.loads(line)["token_ids"] == tiny.expected([5, 6, 7], NUM_TOKENS_OF_TINY)
