@@ -23,7 +23,6 @@ from launch.run_dir import RunDir, adopts_ranks, write_config
 from launch.serving.http_socket import API_KEY
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, split_endpoint
-from tprt.coordinator.cause import Cause, CauseKind
 from tprt.errors import EngineDeadError
 from tprt.log import configure_logging
 
@@ -100,8 +99,7 @@ class Agent:
         try:
             return epoch.run()
         except (SystemExit, KeyboardInterrupt):
-            told = Cause(CauseKind.SILENT_DEATH, "a host was told to end", is_from_outside=True)
-            lane.send(pack_cause(told))
+            lane.send(pack_cause(epoch.why_told_to_end()))
             raise
         finally:
             epoch.end()

@@ -70,6 +70,12 @@ class EpochOnHost:
         if group is not None:
             group.end()
 
+    def why_told_to_end(self) -> Cause:
+        """Return the cause to give when this process was told to end, as torchrun does when a rank is lost."""
+        lost = [cause_of(death) for death in (self._group.deaths() if self._group else ())]
+        told = Cause(CauseKind.SILENT_DEATH, "a host was told to end", is_from_outside=True)
+        return first_cause([*lost, told])
+
     def _why_over(self) -> str:
         lane, timeout_s = self._lane, self._config.hosts.heartbeat_timeout_s
         if lane.loss:

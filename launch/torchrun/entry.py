@@ -119,7 +119,8 @@ def _make_command(place: Place, arguments: Sequence[str]) -> list[str]:
     )
     given = parser.parse_args(arguments)
     overrides = overrides_of(place, given.config, given.set)
-    if (size := peek_setting(given.config, given.set, _SIZE, place.world_size)) != place.world_size:
+    size = peek_setting(given.config, given.set, _SIZE, place.world_size)
+    if place.rank == 0 and size != place.world_size:
         print(
             f"tprt: {_SIZE} is {place.world_size}, as many as there are processes, and not the {size} of"
             f" {given.config}",

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from subprocess import Popen
 
@@ -20,12 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import reference_tokens
 from tests.support.deployments import TinyDeployment, descendants, start, still_there
+from tests.support.network_namespaces import two_hosts
 from tprt.errors import TransportError
 from tprt.transport.heartbeat import HeartbeatReader, RankBeat
 
 CONFIG = "configs/smollm2-135m-tp2-cpu.yaml"
 MODEL = ".models/SmolLM2-135M-Instruct"
 PROMPT = [504, 8087, 314]
+SECRET = {"TPRT_HOSTS_SECRET": "0123456789abcdef"}
 NUM_TOKENS = 6
 # Enough to kill a rank meanwhile.
 NUM_TOKENS_OF_TINY = 500
@@ -43,19 +45,25 @@ def nothing_is_left_behind(tmpdir_of_children: Path) -> Iterator[None]:
         shutil.rmtree(left)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
 @contextmanager
-def torchrun(nproc_per_node: int, *arguments: str, max_restarts: int = 0) -> Iterator[Popen[str]]:
-    """Start torchrun with its own rendezvous; at the end all that it has started is gone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc_per_node), "--max-restarts", str(max_restarts)]
-    command += ["-m", "launch.worker_entry"]
-    with start([*command, *arguments]) as process:
+def run(command: list[str]) -> Iterator[Popen[str]]:
+    """Start torchrun; at the end all that it has started is gone."""
+    with start(command, SECRET) as process:
         try:
             yield process
         finally:
             started = descendants(process.pid)
             process.kill()
             assert still_there(started) == []
+
+
+def torchrun(nproc_per_node: int, *arguments: str, max_restarts: int = 0) -> AbstractContextManager[Popen[str]]:
+    """Start torchrun with its own rendezvous."""
+    options = ["--standalone", "--nproc-per-node", str(nproc_per_node), "--max-restarts", str(max_restarts)]
+    return run([*TORCHRUN, *options, "-m", "launch.worker_entry", *arguments])
 
 
 def generate(prompt: list[int], num_tokens: int) -> list[str]:
@@ -72,6 +80,21 @@ def test_the_tokens_are_those_of_transformers(world_size: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     assert json.loads(out)["token_ids"] == reference_tokens(model, PROMPT, NUM_TOKENS)
     assert f"parallel.tensor_parallel_size is {world_size}, as many as there are processes" in said
+
+
+def test_two_hosts_give_the_tokens_of_one(tiny: TinyDeployment) -> None:
+    with two_hosts() as hosts, ExitStack() as stack:
+        processes = []
+        for node_rank, nproc_per_node in enumerate([1, 2]):
+            where = ["--node-rank", str(node_rank), "--master-addr", hosts.addresses[0]]
+            options = ["--nnodes", "2", "--nproc-per-node", str(nproc_per_node), *where]
+            settings = ["--config", tiny.config, "--set", "hosts.nproc_per_node=[1, 2]"]
+            command = [*TORCHRUN, *options, "-m", "launch.worker_entry", *settings, *generate([5, 6, 7], 20)]
+            processes.append(stack.enter_context(run(hosts.on(node_rank, command))))
+        (out, said), (_, others) = [process.communicate(timeout=START_S) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said + others
+    assert json.loads(out)["token_ids"] == tiny.expected([5, 6, 7], 20)
+    assert "has joined with ranks 1, 2; ranks use interface link1" in others
 
 
 def ranks_in(folder: Path, process: Popen[str]) -> list[RankBeat]:
