@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -49,6 +50,14 @@ def _options(
         str | None,
         typer.Option(metavar="0,1", help="Ranks whose log is shown; logging.local_ranks_filter."),
     ] = None,
+    redirects: Annotated[
+        str | None,
+        typer.Option("--redirects", "-r", metavar="3|0:3,1:3", help="Ranks whose log is only in --log-dir."),
+    ] = None,
+    tee: Annotated[
+        str | None,
+        typer.Option("--tee", "-t", metavar="3|0:3,1:3", help="Ranks whose log is shown all the same."),
+    ] = None,
 ) -> None:
     """Declare the options; never called."""
 
@@ -66,6 +75,7 @@ def with_torchrun_options(command: Callable[..., None], on_every_host: bool = Fa
         set_ = [*(arguments["set_"] or ()), *to_overrides(given)]
         if given["nproc_per_node"] is not None:
             set_ += _spread(given["nproc_per_node"], peek_setting(arguments["config"], set_, "hosts.nnodes", 1))
+        set_ += _show_some(given["redirects"], given["tee"], arguments["config"], set_)
         if not on_every_host and (config := load_config(arguments["config"], set_)).hosts.node_rank > 0:
             run_agent(config)
         else:
@@ -98,6 +108,42 @@ def _spread(text: str, nnodes: object) -> list[str]:
     if len(counts) == 1 and isinstance(nnodes, int):
         counts *= nnodes
     return [f"hosts.nproc_per_node={json.dumps(counts)}", f"parallel.tensor_parallel_size={sum(counts)}"]
+
+
+def _show_some(redirects: str | None, tee: str | None, config: str, set_: list[str]) -> list[str]:
+    """Return the override for `--redirects` and `--tee`: which ranks are shown as well as written to files.
+
+    The two streams of a rank are one here, so that 1, 2 and 3 mean the same.
+    """
+    if redirects is None and tee is None:
+        return []
+    if peek_setting(config, set_, "logging.dir", None) is None:
+        raise ConfigError("--redirects and --tee choose what is shown of the files in --log-dir; give that too")
+    size = peek_setting(config, set_, "parallel.tensor_parallel_size", 1)
+    ranks = range(size) if isinstance(size, int) else ()
+    is_written, is_shown = _streams("--redirects", redirects), _streams("--tee", tee)
+    given = peek_setting(config, set_, "logging.local_ranks_filter", None)
+    allowed = given if isinstance(given, list) else ranks
+    shown = [rank for rank in ranks if rank in allowed and (is_shown(rank) or not is_written(rank))]
+    return [f"logging.local_ranks_filter={json.dumps(shown)}"]
+
+
+def _streams(option: str, text: str | None) -> Callable[[int], bool]:
+    """Return what tells of a rank on its host whether torchrun's `3`, or `0:3,1:3`, means any stream of it.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    whole = re.fullmatch("[0-3]", text or "0")
+    if whole:
+        return lambda rank: whole[0] != "0"
+    pairs = [re.fullmatch(r"(\d+):([0-3])", part) for part in (text or "").split(",")]
+    if not all(pairs):
+        raise ConfigError(
+            f"{option} {text}: expected a number from 0 to 3, or one for each rank, as in 0:3,1:3"
+        )
+    chosen = {int(pair[1]) for pair in pairs if pair and pair[2] != "0"}
+    return chosen.__contains__
 
 
 def _split(option: str, text: str) -> list[int]:

@@ -74,6 +74,37 @@ def test_on_another_host_the_command_takes_part_in_the_deployment_of_node_rank_0
     assert [agent.hosts.node_rank for agent in agents] == [1]
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ("--redirects 3", ()),
+        ("-r 3 -t 0:3", (0,)),
+        ("-r 1 --local-ranks-filter 1,2 -t 0:3,1:2", (1,)),
+        ("--redirects 1:3,2:0", (0, 2, 3)),
+        ("--redirects 0", (0, 1, 2, 3)),
+        ("--tee 3", (0, 1, 2, 3)),
+        ("--tee 3 --redirects 3 --local-ranks-filter 2", (2,)),
+    ],
+)
+def test_what_is_redirected_and_not_teed_is_in_files_alone(
+    file: str, options: str, shown: tuple[int, ...]
+) -> None:
+    config = parse(file, "--log-dir", "/l", *options.split())
+    assert config is not None
+    assert config.logging.local_ranks_filter == shown
+
+
+@pytest.mark.parametrize("value", ["4", "x", "0:4", "0:3,1", ":3"])
+def test_streams_that_torchrun_would_not_know_are_refused(file: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"--tee {value}: expected a number from 0 to 3"):
+        parse(file, "--log-dir", "/l", "--tee", value)
+
+
+def test_redirection_without_a_folder_is_refused(file: str) -> None:
+    with pytest.raises(ConfigError, match="choose what is shown of the files in --log-dir; give that too"):
+        parse(file, "--redirects", "3")
+
+
 def test_ranks_that_are_no_numbers_are_refused(file: str) -> None:
     with pytest.raises(ConfigError, match="--local-ranks-filter 0,x: expected numbers separated by commas"):
         parse(file, "--local-ranks-filter", "0,x")
