@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from launch.child import STEPS_FD, STEPS_TOKEN, SUPERVISOR_FD, run_child
+from launch.child import EPOCH, STEPS_FD, STEPS_TOKEN, SUPERVISOR_FD, run_child
 from launch.run_dir import heartbeats_path, read_config, request_address, stack_path, worker_socket
 from launch.stack_dump import install_stack_dumps
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
@@ -26,6 +26,7 @@ from tprt.coordinator.group_keeper import SupervisorLane
 from tprt.coordinator.group_watch import GroupWatch
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
+from tprt.coordinator.worker_group import WorkerGroup
 from tprt.errors import InvalidRequestError
 from tprt.log import configure_logging
 from tprt.transport.channel import WorkerHub
@@ -35,10 +36,9 @@ from tprt.transport.spread_hub import SpreadWorkerHub
 from tprt.transport.zmq_socket import RequestServer
 
 NAME = "coordinator"
-_FIRST_EPOCH = 0
 
 
-def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int) -> Scheduler:
+def make_scheduler(config: Config, checkpoint: CheckpointConfig, epoch: int, num_blocks: int) -> Scheduler:
     """Return the scheduler of a deployment whose ranks have `num_blocks` KV blocks each."""
     limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -51,7 +51,7 @@ def make_scheduler(config: Config, checkpoint: CheckpointConfig, num_blocks: int
     )
     eos_token_ids, vocab_size = checkpoint.eos_token_ids, checkpoint.vocab_size
     grammars = GrammarCompiler(lambda: _read_tokenizer(Path(config.model.path)), eos_token_ids, vocab_size)
-    return Scheduler(limits, eos_token_ids, vocab_size, _FIRST_EPOCH, grammars=grammars)
+    return Scheduler(limits, eos_token_ids, vocab_size, epoch, grammars=grammars)
 
 
 def _read_tokenizer(folder: Path) -> str:
@@ -80,7 +80,7 @@ def _take_remote_lanes(config: Config) -> Callable[[int], RemoteStepWriter] | No
     return lambda epoch: RemoteStepWriter(listener.dup(), epoch, ranks, token)
 
 
-def serve(config: Config, run_dir: Path, supervisor: socket.socket) -> None:
+def serve(config: Config, run_dir: Path, first_epoch: int, supervisor: socket.socket) -> None:
     """Open the lanes and run the coordinator until a client ends it."""
     checkpoint = read_checkpoint_config(config.model.path)
     world_size = config.parallel.tensor_parallel_size
@@ -97,18 +97,12 @@ def serve(config: Config, run_dir: Path, supervisor: socket.socket) -> None:
         return GroupWatch(heartbeats_path(run_dir, epoch), stack_paths, epoch)
 
     lane = SupervisorLane(supervisor, open_hub, open_watch)
-    hub = open_hub(_FIRST_EPOCH)
+    hub = open_hub(first_epoch)
     clients = RequestServer.bind(request_address(run_dir))
     try:
-        coordinator = Coordinator(
-            clients,
-            hub,
-            lambda num_blocks: make_scheduler(config, checkpoint, num_blocks),
-            world_size,
-            config.supervision,
-            lane,
-        )
-        coordinator.run()
+        group = WorkerGroup(hub, world_size, first_epoch, config.supervision, open_watch(first_epoch))
+        make = partial(make_scheduler, config, checkpoint, first_epoch)
+        Coordinator(clients, group, make, config.supervision, lane).run()
     finally:
         hub.close()
         clients.close()
@@ -128,7 +122,7 @@ def main() -> None:
         NAME,
         run_dir,
         lambda: "coordination",
-        lambda: serve(config, run_dir, supervisor),
+        lambda: serve(config, run_dir, int(os.environ[EPOCH]), supervisor),
         partial(_clean_up_if_alone, supervisor.dup()),
     )
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from launch.child import API_KEYS, LISTENER_FD, MEETING
+from launch.child import API_KEYS, EPOCH, LISTENER_FD, MEETING
 from launch.child_process import ChildSpec
 from launch.coordinator_pulse import CoordinatorPulse
 from launch.load_progress import LoadProgress
@@ -68,7 +68,11 @@ class Deployment:
         self.ready: EngineReady | None = None
         self._pulse: CoordinatorPulse | None = None
         self._run_dir = RunDir.create(name=os.environ.pop(MEETING, None))
-        self._supervisor = Supervisor(self._run_dir.path, config.supervision, parallel.tensor_parallel_size)
+        # Ranks that torchrun has started again are no longer those of epoch 0.
+        self._first_epoch = int(os.environ.pop(EPOCH, "0"))
+        self._supervisor = Supervisor(
+            self._run_dir.path, config.supervision, parallel.tensor_parallel_size, self._first_epoch
+        )
         self._program_end = ProgramEnd(self.kill)
         self._program_end.guard()
 
@@ -86,7 +90,7 @@ class Deployment:
         """
         write_config(self._run_dir.path, self.config)
         make_log_dir(self.config.logging)
-        env = {RUN_DIR: str(self._run_dir.path)}
+        env = {RUN_DIR: str(self._run_dir.path), EPOCH: str(self._first_epoch)}
         sink = sink_of("coordinator", self.config.logging)
         coordinator = ChildSpec("coordinator", "launch.coordinator_entry", env, sink=sink)
         if self._head is not None:

@@ -37,7 +37,6 @@ _GATHER_S = 0.1
 _DRAIN_S = 1.0
 # A program that waits for results asks every 0.1 s whether the deployment has failed.
 _ASKED_S = 0.25
-_FIRST_EPOCH = 0
 _LOG = get_logger(__name__)
 
 
@@ -48,8 +47,9 @@ class Supervisor:
         server: the one that serves HTTP, if there is one.
     """
 
-    def __init__(self, run_dir: Path, supervision: SupervisionConfig, world_size: int) -> None:
+    def __init__(self, run_dir: Path, supervision: SupervisionConfig, world_size: int, epoch: int = 0) -> None:
         self._run_dir = run_dir
+        self._first_epoch = epoch
         self._supervision = supervision
         self._world_size = world_size
         self._tee = LogTee()
@@ -171,7 +171,7 @@ class Supervisor:
         failure = start_child(self._coordinator, spec, self._tee)
         if failure is None and self.server is not None:
             failure = self.server.start()
-        return failure or self._start_group(_FIRST_EPOCH)
+        return failure or self._start_group(self._first_epoch)
 
     def _start_group(self, epoch: int) -> str | None:
         """Start the ranks of `epoch`; return why that failed, if it did."""

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.child import HOSTS_SECRET, MEETING
+from launch.child import EPOCH, HOSTS_SECRET, MEETING
 from launch.config_file import peek_setting
 from launch.exit_codes import leave_with
 from launch.serving.http_socket import API_KEY
@@ -45,7 +45,7 @@ def enter(arguments: Sequence[str]) -> None:
         command = _make_command(place, arguments)
     except TprtError as error:
         leave_with(error)
-    os.environ[MEETING] = place.meeting
+    os.environ.update({MEETING: place.meeting, EPOCH: str(place.restart_count)})
     run_command(command)
     sys.exit(0)
 

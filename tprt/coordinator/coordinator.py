@@ -35,13 +35,11 @@ from tprt.messages import (
     Shutdown,
     StepInput,
 )
-from tprt.transport.channel import WorkerHub
 from tprt.transport.codec import decode, encode
 
 _LOG = get_logger(__name__)
 # Between two looks at the deadline while a new group starts.
 _LOOK_S = 1.0
-_FIRST_EPOCH = 0
 
 
 class Coordinator:
@@ -50,26 +48,23 @@ class Coordinator:
     def __init__(
         self,
         clients: ClientLane,
-        hub: WorkerHub,
+        group: WorkerGroup,
         make_scheduler: Callable[[int], Scheduler],
-        world_size: int,
         supervision: SupervisionConfig,
         keeper: GroupKeeper | None = None,
     ) -> None:
-        """Assign only; `run` does the work, and the caller closes `clients` and `hub` after it.
+        """Assign only; `run` does the work, and the caller closes `clients` and the lanes of `group` after it.
 
         Args:
             clients: where requests come from.
-            hub: lanes to the ranks of epoch 0.
+            group: the first ranks.
             make_scheduler: makes the scheduler from the number of KV blocks that every rank has.
-            world_size: number of ranks.
             supervision: deadlines, and how often ranks are replaced.
             keeper: who owns the processes of the ranks; without one they are never replaced.
         """
         self._clients = clients
         self._supervision = supervision
-        watch = None if keeper is None else keeper.open_watch(_FIRST_EPOCH)
-        self._group = WorkerGroup(hub, world_size, _FIRST_EPOCH, supervision, watch)
+        self._first_group = self._group = group
         self._make_scheduler = make_scheduler
         self._keeper = keeper
         self._replacement = Replacement(keeper, supervision)
@@ -92,7 +87,7 @@ class Coordinator:
             log_ready(self._scheduler.limits, self._group.world_size)
             self._serve_until_shutdown()
         finally:
-            self._group.close(but_lanes=self._group.epoch == _FIRST_EPOCH)
+            self._group.close(but_lanes=self._group is self._first_group)
 
     def _serve_until_shutdown(self) -> None:
         try:

@@ -17,6 +17,7 @@ from tprt.coordinator.coordinator import Coordinator
 from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
+from tprt.coordinator.worker_group import WorkerGroup
 from tprt.errors import EngineDeadError, TransportTimeoutError
 from tprt.messages import (
     AddRequest,
@@ -192,9 +193,9 @@ class Engine:
         self._server = RequestServer.bind(f"ipc://{folder}/requests")
         self._hub, connect = make_lanes(kind, folder, world_size)
         deadlines = {"startup_timeout_s": DEADLINE_S, "step_timeout_s": DEADLINE_S} | timeouts
-        self.coordinator = Coordinator(
-            self._server, self._hub, self._make_scheduler, world_size, SupervisionConfig(**deadlines)
-        )
+        supervision = SupervisionConfig(**deadlines)
+        group = WorkerGroup(self._hub, world_size, 0, supervision)
+        self.coordinator = Coordinator(self._server, group, self._make_scheduler, supervision)
         self.ranks = [Rank(connect, rank, NUM_BLOCKS + rank) for rank in range(world_size)]
         self.clients: list[Client] = []
         self.scheduler: Scheduler

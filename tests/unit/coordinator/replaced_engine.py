@@ -18,6 +18,7 @@ from tprt.coordinator.cause import CauseKind
 from tprt.coordinator.coordinator import Coordinator
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.scheduler import Scheduler
+from tprt.coordinator.worker_group import WorkerGroup
 from tprt.errors import EngineDeadError, PeerLostError, TransportTimeoutError
 from tprt.messages import GroupEnded, Shutdown, StepInput, StepOutput, WorkerReady
 from tprt.transport.channel import WorkerHub, WorkerLink
@@ -140,15 +141,11 @@ class ReplacedEngine:
         self._limits = limits
         self._server = RequestServer.bind(f"ipc://{folder}/requests")
         self._hub = self.keeper.open_hub(0)
-        deadlines = {"startup_timeout_s": DEADLINE_S, "step_timeout_s": DEADLINE_S} | supervision
-        self.coordinator = Coordinator(
-            self._server,
-            self._hub,
-            self._make_scheduler,
-            WORLD_SIZE,
-            SupervisionConfig(**deadlines),
-            self.keeper,
+        deadlines = SupervisionConfig(
+            **{"startup_timeout_s": DEADLINE_S, "step_timeout_s": DEADLINE_S} | supervision
         )
+        group = WorkerGroup(self._hub, WORLD_SIZE, 0, deadlines, self.keeper.open_watch(0))
+        self.coordinator = Coordinator(self._server, group, self._make_scheduler, deadlines, self.keeper)
         self.thread = threading.Thread(target=self._run, name="coordinator")
 
     def start(self) -> ReplacedEngine:
