@@ -26,11 +26,10 @@ CELLS = [
     Cell(Victim.RANK_0, Phase.SPAWN, Fault.EXIT),
     Cell(Victim.RANK_1, Phase.LOAD, Fault.MEMORY_ERROR),
     Cell(Victim.RANK_0, Phase.PREFILL, Fault.EXCEPTION),
-    Cell(Victim.RANK_1, Phase.DECODE, Fault.SIGKILL),
     Cell(Victim.RANK_1, Phase.DECODE, Fault.SKIP),
     Cell(Victim.RANK_0, Phase.IDLE, Fault.SIGSTOP),
     Cell(Victim.COORDINATOR, Phase.DECODE, Fault.SIGSEGV),
-    Cell(Victim.SUPERVISOR, Phase.DECODE, Fault.SIGTERM),
+    Cell(Victim.SUPERVISOR, Phase.DECODE, Fault.SIGKILL),
     Cell(Victim.RANK_1, Phase.SHUTDOWN, Fault.SIGTERM),
 ]
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 SHAPES = [(576,), (8, 576), (1,), (3, 5, 7), (0, 4), (70_001,), (3, 120_000)]
+# Far from the deadlines that would end a wait for a dead rank, and no short time for a busy machine.
+PROMPT_S = 20.0
 
 
 # What a rank does, in a process of its own.
@@ -39,7 +41,7 @@ def play_exact(rank: int, world_size: int, run_dir: str) -> None:
     say(done="import")
     before = list_descriptors()
     for size in range(max(2, rank + 1), world_size + 1):
-        group = make_group("shm", rank, size, CPU, make_dir(run_dir, size), GroupDeadlines(30.0, 30.0))
+        group = make_group("shm", rank, size, CPU, make_dir(run_dir, size), GroupDeadlines(60.0, 60.0))
         for dtype in DTYPES:
             for shape in SHAPES:
                 check_collectives(group, shape, dtype)
@@ -86,8 +88,9 @@ def check_collectives(group: TPGroup, shape: tuple[int, ...], dtype: torch.dtype
 
 def play_lose(rank: int, world_size: int, run_dir: str) -> None:
     """Sum until a peer is stopped, then, in a new group, until a peer is dead."""
-    for number in (1, 2):
-        group = make_group("shm", rank, world_size, CPU, make_dir(run_dir, number), GroupDeadlines(1.0, 1.0))
+    for number, step_timeout_s in ((1, 1.0), (2, 60.0)):
+        deadlines = GroupDeadlines(60.0, step_timeout_s)
+        group = make_group("shm", rank, world_size, CPU, make_dir(run_dir, number), deadlines)
         say(done=f"group {number}")
         tensor = torch.ones(576)
         try:
@@ -165,7 +168,7 @@ def test_a_stopped_rank_is_named_at_the_deadline_and_a_killed_one_at_once(start_
         assert said["error"] == "TransportTimeoutError"
         assert f"for rank 1 (process {ranks[1].process.pid}, stopped by a signal)" in said["message"]
         assert "whose last collective was" in said["message"]
-        assert 0.9 < said["time_s"] - stopped_s < 2.0
+        assert 0.9 < said["time_s"] - stopped_s < PROMPT_S
     ranks[1].process.send_signal(signal.SIGCONT)
     assert ranks[1].hear()["error"]  # its peers have given up
 
@@ -180,7 +183,7 @@ def test_a_stopped_rank_is_named_at_the_deadline_and_a_killed_one_at_once(start_
         said = survivor.hear()
         assert said["error"] == "PeerLostError"
         assert f"rank 2 (process {ranks[2].process.pid}) is dead" in said["message"]
-        assert said["time_s"] - killed_s < 0.5
+        assert said["time_s"] - killed_s < PROMPT_S
 
 
 if __name__ == "__main__":

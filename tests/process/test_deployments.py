@@ -22,14 +22,13 @@ def greedy(max_tokens: int = NUM_TOKENS) -> SamplingParams:
 
 
 @pytest.mark.usefixtures("tmpdir_of_children")
-def test_eight_deployments_that_start_at_once_do_not_collide_and_give_their_own_tokens(
+def test_four_deployments_that_start_at_once_do_not_collide_and_give_their_own_tokens(
     tiny: TinyDeployment,
 ) -> None:
-    prompts = [[5 + number, 6, 7] for number in range(8)]
+    prompts = [[5 + number, 6, 7] for number in range(4)]
     expected = [tiny.expected(prompt, NUM_TOKENS) for prompt in prompts]
-    assert len(set(map(tuple, expected))) == 8, "every deployment has tokens of its own to give"
-    # Some with one rank: 16 processes that import torch take long on two cores.
-    sizes = [2, 2, 2, 1, 1, 1, 1, 1]
+    assert len(set(map(tuple, expected))) == 4, "every deployment has tokens of its own to give"
+    sizes = [2, 2, 1, 1]
     running = [
         start(tiny.command([prompt], NUM_TOKENS, f"parallel.tensor_parallel_size={size}"))
         for prompt, size in zip(prompts, sizes, strict=True)
@@ -39,7 +38,7 @@ def test_eight_deployments_that_start_at_once_do_not_collide_and_give_their_own_
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * 8, [errors for _, errors in ended]
+    assert [process.returncode for process in running] == [0] * 4, [errors for _, errors in ended]
     assert [json.loads(output)["token_ids"] for output, _ in ended] == expected
 
 

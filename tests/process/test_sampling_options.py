@@ -39,6 +39,7 @@ def test_the_command_prints_what_fits_a_schema_with_penalties_beside_it(tmp_path
         *("generate", CONFIG, "--chat", "--prompt", "Name a color.", "--json", "--max-tokens", "90"),
         *("--json-schema", str(schema), "--repetition-penalty", "1.1", "--presence-penalty", "0.2"),
         *("--frequency-penalty", "0.1", "--min-tokens", "3", "--temperature", "0.7", "--seed", "3"),
+        *("--set", "parallel.tensor_parallel_size=1"),
     )
     assert ran.returncode == 0, ran.stderr
     output = json.loads(ran.stdout)
@@ -50,7 +51,7 @@ def test_the_command_prints_what_fits_a_schema_with_penalties_beside_it(tmp_path
 
 def test_a_grammar_for_a_model_without_a_tokenizer_is_refused_and_nothing_else_is(tiny: TinyDeployment) -> None:
     plain = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
-    with LLM(load_config(tiny.config)) as llm:
+    with LLM(load_config(tiny.config, ["parallel.tensor_parallel_size=1"])) as llm:
         with pytest.raises(InvalidRequestError, match=r"needs the model's tokenizer\.json.*: No such file"):
             llm.generate([[5, 6]], SamplingParams(grammar=Grammar("regex", "a")))
         (output,) = llm.generate([[5, 6]], plain)

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("tmpdir_of_children")
 
 PROMPT = [5, 6, 7]
 ENDLESS = 60_000
+# Where nothing depends on a second rank.
+ONE_RANK = "parallel.tensor_parallel_size=1"
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_what_has_not_finished_at_the_end_of_the_drain_ends_with_what_it_has_and
     worded: TinyDeployment,
 ) -> None:
     with otlp_receiver() as receiver:
-        settings = ["server.drain_timeout_s=0.3", "logging.level=warning"]
+        settings = [ONE_RANK, "server.drain_timeout_s=0.3", "logging.level=warning"]
         with Served(worded.config, *settings, f"server.otlp_traces_endpoint={receiver.endpoint}") as served:
             served.wait_until_ready()
             stream = served.stream(PROMPT, ENDLESS)
@@ -148,12 +150,12 @@ def test_what_has_not_finished_at_the_end_of_the_drain_ends_with_what_it_has_and
 
 
 def test_a_second_signal_ends_at_once(worded: TinyDeployment) -> None:
-    with Served(worded.config) as served:
+    with Served(worded.config, ONE_RANK) as served:
         served.wait_until_ready()
         stream = served.stream(PROMPT, ENDLESS)
         stream.read(3)
         pids = descendants(served.process.pid)
-        assert len(pids) == 4
+        assert len(pids) == 3
         served.process.send_signal(signal.SIGTERM)
         served.wait_for_line("no new requests")
         served.process.send_signal(signal.SIGTERM)
@@ -187,11 +189,11 @@ def test_a_rank_that_dies_is_a_pause_and_a_server_that_dies_is_started_again(
         assert served.end() == 0, served.lines
 
 
-@pytest.mark.parametrize("victim", ["coordinator", "rank 1", "server"])
+@pytest.mark.parametrize("victim", ["coordinator", "rank 0", "server"])
 def test_a_death_that_is_not_made_good_is_named_and_ends_all(
     worded: TinyDeployment, tmpdir_of_children: Path, victim: str
 ) -> None:
-    with Served(worded.config, "supervision.max_restarts=0") as served:
+    with Served(worded.config, ONE_RANK, "supervision.max_restarts=0") as served:
         served.wait_until_ready()
         stream = served.stream(PROMPT, ENDLESS)
         stream.read(3)
@@ -209,12 +211,12 @@ def test_a_death_that_is_not_made_good_is_named_and_ends_all(
 
 
 def test_the_launchers_death_takes_all_with_it(worded: TinyDeployment, tmpdir_of_children: Path) -> None:
-    with Served(worded.config) as served:
+    with Served(worded.config, ONE_RANK) as served:
         served.wait_until_ready()
         pids = pids_of(tmpdir_of_children)
         served.process.kill()
         assert served.end() == -signal.SIGKILL
-    assert len(pids) == 4
+    assert len(pids) == 3
     assert still_there(list(pids.values())) == []
 
 
@@ -222,14 +224,14 @@ def test_with_certificate_and_key_it_speaks_tls_to_who_has_the_key_which_no_othe
     worded: TinyDeployment, tmp_path: Path
 ) -> None:
     cert, key = make_certificate(tmp_path)
-    settings = [f"server.ssl_certfile={cert}", f"server.ssl_keyfile={key}"]
+    settings = [ONE_RANK, f"server.ssl_certfile={cert}", f"server.ssl_keyfile={key}"]
     with Served(worded.config, *settings, environment={"TPRT_API_KEY": "sk-mine"}, trusted=cert) as served:
         assert served.url.startswith("https://")
         assert served.ask("GET", "/health")[0] == 200
         answers = [served.ask("GET", "/v1/models", key=key)[0] for key in (None, "sk-other", "sk-mine")]
         assert answers == [401, 401, 200]
         others = [pid for pid in descendants(served.process.pid) if "serving.entry" not in command_of(pid)]
-        assert len(others) == 3
+        assert len(others) == 2
         assert not [pid for pid in others if b"sk-mine" in Path(f"/proc/{pid}/environ").read_bytes()]
         served.process.kill()
         served.end()

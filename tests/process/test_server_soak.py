@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"
 VOCAB_SIZE = 49152
 START_S = 60.0
+# Where nothing depends on a second rank.
+ONE_RANK = ("--set", "parallel.tensor_parallel_size=1")
 END_S = 30.0
 
 
@@ -57,7 +59,7 @@ def test_a_soaked_server_is_as_before_and_has_answered_to_the_letter(config: str
 @pytest.mark.usefixtures("tmpdir_of_children")
 def test_outputs_of_json_schemas_parse_and_validate(config: str) -> None:
     count = 2 * len(check_structured_output.SCHEMAS)
-    tally = check_structured_output.run(check_structured_output.parse([str(count), config]))
+    tally = check_structured_output.run(check_structured_output.parse([str(count), config, *ONE_RANK]))
     assert tally.violations == {}, tally.table()
     valid = {kind: number for kind, number in tally.counts.items() if kind.startswith("valid")}
     assert list(valid.values()) == [2] * len(check_structured_output.SCHEMAS)
@@ -80,7 +82,7 @@ def served_by(script: subprocess.Popen[str]) -> Path:
 
 @pytest.mark.usefixtures("tmpdir_of_children")
 def test_a_soak_that_is_told_to_end_takes_its_server_along(config: str) -> None:
-    options = ("--cases", "2", "--max-tokens", "4", "--set", "scheduler.max_num_seqs=8")
+    options = ("--cases", "2", "--max-tokens", "4", "--set", "scheduler.max_num_seqs=8", *ONE_RANK)
     process = start([sys.executable, str(ROOT / "scripts" / "soak_server.py"), config, *options])
     try:
         folder = served_by(process)

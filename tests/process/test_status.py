@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,26 @@ def own_status(folder: Path) -> tuple[int, list[dict[str, Any]]]:
     return code, [entry for entry in found if Path(entry["run_dir"]).parent == folder.resolve()]
 
 
-@pytest.fixture
-def llm(tiny: TinyDeployment, tmpdir_of_children: Path) -> Iterator[LLM]:
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """The folder where run directories are made; at the end they are gone."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        yield Path(folder)
+        assert list(Path(folder).iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: TinyDeployment, folder: Path) -> Iterator[LLM]:
     with LLM(tiny.config) as llm:
         yield llm
 
 
 def test_a_deployment_that_has_served_is_healthy_with_its_processes_and_its_last_step(
-    llm: LLM, tiny: TinyDeployment, tmpdir_of_children: Path
+    llm: LLM, tiny: TinyDeployment, folder: Path
 ) -> None:
     llm.generate([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
-    code, (entry,) = own_status(tmpdir_of_children)
+    code, (entry,) = own_status(folder)
     assert code in (0, 1)
     assert (entry["model"], entry["verdict"]) == (str(Path(tiny.config).parent), "healthy")
     assert [rank["pid"] for rank in entry["ranks"]] == [llm.pids["rank 0"], llm.pids["rank 1"]]
@@ -56,13 +66,11 @@ def test_a_deployment_that_has_served_is_healthy_with_its_processes_and_its_last
         assert (record["num_running"], record["num_waiting"]) == (0, 0)
 
 
-def test_a_deployment_with_a_stopped_rank_is_stalled_and_the_rank_is_named(
-    llm: LLM, tmpdir_of_children: Path
-) -> None:
+def test_a_deployment_with_a_stopped_rank_is_stalled_and_the_rank_is_named(llm: LLM, folder: Path) -> None:
     pid = llm.pids["rank 1"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        code, (entry,) = own_status(tmpdir_of_children)
+        code, (entry,) = own_status(folder)
         _, table = show_status()
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -73,9 +81,9 @@ def test_a_deployment_with_a_stopped_rank_is_stalled_and_the_rank_is_named(
     assert any(line.split()[:3] == ["1", str(pid), "T"] for line in table.splitlines())
 
 
-def test_a_deployment_that_has_ended_is_not_found(tiny: TinyDeployment, tmpdir_of_children: Path) -> None:
-    with LLM(tiny.config, ["parallel.tensor_parallel_size=1"]):
-        assert len(own_status(tmpdir_of_children)[1]) == 1
-    code, found = own_status(tmpdir_of_children)
+def test_a_deployment_that_has_ended_is_not_found(llm: LLM, folder: Path) -> None:
+    assert len(own_status(folder)[1]) == 1
+    llm.close()
+    code, found = own_status(folder)
     assert found == []
     assert code in (0, 1, 3)
