@@ -100,11 +100,11 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch(logits: Tensor) -> None
 
 def test_draws_follow_the_softmax_at_the_temperature() -> None:
     row = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    draws = 20_000
+    draws = 4000
     keys = torch.from_numpy(noise_keys(np.arange(draws, dtype=np.int64), np.full(draws, 3, np.int32)))
     tokens = (row / 0.8 + gumbel_noise(keys, 0, 4)).argmax(-1)
     shares = torch.bincount(tokens, minlength=4) / draws
-    torch.testing.assert_close(shares, (row / 0.8).softmax(-1), atol=0.015, rtol=0)
+    torch.testing.assert_close(shares, (row / 0.8).softmax(-1), atol=0.03, rtol=0)
 
 
 def test_noise_differs_between_positions_and_between_seeds() -> None:

@@ -56,14 +56,18 @@ def test_prompts_of_different_lengths_in_one_batch(reference: Reference, world_s
     assert engine.num_ahead == NEW_TOKENS - 1, "each step but the first was begun before the last was done"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+# What a step is made of is the same on every number of ranks. Of three, some share a KV head and some have more
+# heads than others, by shape.
+
+
+@pytest.mark.parametrize("world_size", [2])
 def test_steps_that_wait_for_the_tokens_of_the_last(reference: Reference, world_size: int) -> None:
     with LocalEngine(make_config(reference.folder, world_size, async_scheduling=False)) as engine:
         assert_equal(engine, reference, engine.generate(PROMPTS, GREEDY))
     assert engine.num_ahead == 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_prefix_that_is_in_the_cache(reference: Reference, world_size: int) -> None:
     with LocalEngine(make_config(reference.folder, world_size)) as engine:
         engine.generate(PROMPTS, GREEDY)
@@ -71,7 +75,7 @@ def test_a_prefix_that_is_in_the_cache(reference: Reference, world_size: int) ->
         assert engine.num_cached_tokens == {0: 8, 1: 0, 2: 4, 3: 8}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_prompt_in_chunks_beside_decodes(reference: Reference, world_size: int) -> None:
     with LocalEngine(make_config(reference.folder, world_size, max_num_batched_tokens=8)) as engine:
         assert_equal(engine, reference, engine.generate(PROMPTS, GREEDY))
@@ -79,7 +83,7 @@ def test_a_prompt_in_chunks_beside_decodes(reference: Reference, world_size: int
         assert any((step.samples == 0).any() for step in mixed)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_a_sequence_that_was_preempted_and_computed_again(reference: Reference, world_size: int) -> None:
     config = make_config(reference.folder, world_size, num_blocks=18, block_size=2, enable_prefix_caching=False)
     with LocalEngine(config) as engine:
