@@ -19,11 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import LLM, SamplingParams
 from tests.support.checkpoints import TinyModel, reference_logits, reference_tokens, save_tiny
+from tests.support.deployments import TinyDeployment
 from tprt.errors import EngineDeadError, InvalidRequestError
 
 CONFIG = "configs/smollm2-135m-tp2-cpu.yaml"
 MODEL = ".models/SmolLM2-135M-Instruct"
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+NUM_TOKENS = 16
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1)
+QUESTIONS = ["Name three primary colors.", "Write one sentence about the sea."]
 
 
 def tprt(*arguments: str, timeout_s: float = 100.0) -> subprocess.CompletedProcess[str]:
@@ -44,22 +48,34 @@ def expected() -> dict[str, list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     answers = {}
-    for text in ("Name three primary colors.", "Write one sentence about the sea."):
+    for text in QUESTIONS:
         chat = [{"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         ids = torch.tensor([prompt])
-        result = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+        mask = torch.ones_like(ids)
+        result = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NUM_TOKENS)
         answers[text] = result[0, len(prompt) :].tolist()
     return answers
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+# Two ranks are the deployment below; three, those of the checkpoint without a tokenizer.
+@pytest.mark.parametrize("world_size", [1, 4])
 def test_the_command_prints_one_json_line_per_prompt_with_the_tokens_of_transformers(
     expected: dict[str, list[int]], world_size: int
 ) -> None:
     prompts = [part for text in expected for part in ("--prompt", text)]
     ran = tprt(
-        *("generate", CONFIG, "--chat", *prompts, "--max-tokens", "24", "--temperature", "0", "--json"),
+        *(
+            "generate",
+            CONFIG,
+            "--chat",
+            *prompts,
+            "--max-tokens",
+            str(NUM_TOKENS),
+            "--temperature",
+            "0",
+            "--json",
+        ),
         *("--set", f"parallel.tensor_parallel_size={world_size}"),
     )
     assert ran.returncode == 0, ran.stderr
@@ -86,22 +102,26 @@ class TestOneDeployment:
     def nothing_is_left_behind(self) -> None:
         """The deployment stays up between these tests."""
 
-    def test_chat_answers_in_english(self, llm: LLM) -> None:
-        output = llm.chat([{"role": "user", "content": "Name three primary colors."}], GREEDY)[0].outputs[0]
-        assert output.text == "The primary colors are: Red, Blue, and Yellow."
-        assert output.finish_reason == "stop"
+    def test_chat_answers_in_english_with_the_tokens_of_transformers(
+        self, llm: LLM, expected: dict[str, list[int]]
+    ) -> None:
+        outputs = [llm.chat([{"role": "user", "content": text}], GREEDY)[0].outputs[0] for text in QUESTIONS]
+        assert outputs[0].text == "The primary colors are: Red, Blue, and Yellow."
+        assert outputs[0].finish_reason == "stop"
+        assert [output.token_ids for output in outputs] == [expected[text] for text in QUESTIONS]
 
     def test_outputs_come_in_the_order_of_the_prompts(self, llm: LLM) -> None:
         prompts = [f"The number {n} is" for n in range(20)]
-        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=4))
+        few = SamplingParams(temperature=0.0, max_tokens=4)
+        outputs = llm.generate(prompts, few)
         assert [output.prompt for output in outputs] == prompts
-        assert outputs[7].outputs[0].token_ids == llm.generate(prompts[7], GREEDY)[0].outputs[0].token_ids[:4]
+        assert outputs[7].outputs[0].token_ids == llm.generate(prompts[7], few)[0].outputs[0].token_ids
 
     def test_one_seed_gives_one_text_alone_and_in_a_batch(self, llm: LLM) -> None:
-        params = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=16)
+        params = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=8)
         alone = llm.generate("Once upon a time", params)[0].outputs[0].token_ids
         batch = llm.generate(["Once upon a time", "In the end", "We"], params)
-        other = llm.generate("Once upon a time", SamplingParams(temperature=0.9, seed=12, max_tokens=16))
+        other = llm.generate("Once upon a time", SamplingParams(temperature=0.9, seed=12, max_tokens=8))
         assert batch[0].outputs[0].token_ids == alone
         assert other[0].outputs[0].token_ids != alone
 
@@ -114,10 +134,9 @@ class TestOneDeployment:
     def test_eos_ends_a_text_unless_it_is_ignored(self, llm: LLM) -> None:
         ids = llm.encode_chat([{"role": "user", "content": "Name three primary colors."}])
         stopped = llm.generate(ids, GREEDY)[0].outputs[0]
-        ignored = llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))[0].outputs[
-            0
-        ]
-        assert len(stopped.token_ids) < len(ignored.token_ids) == 24
+        endless = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+        ignored = llm.generate(ids, endless)[0].outputs[0]
+        assert len(stopped.token_ids) < len(ignored.token_ids) == NUM_TOKENS
         assert ignored.token_ids[: len(stopped.token_ids)] == stopped.token_ids
 
     def test_logprobs_are_those_of_the_model(self, llm: LLM) -> None:
@@ -141,12 +160,12 @@ class TestOneDeployment:
     def test_a_prompt_that_is_too_long_is_refused_and_the_engine_goes_on(self, llm: LLM) -> None:
         with pytest.raises(InvalidRequestError, match="prompt 1: the prompt has 3000 tokens, and at most 2047"):
             llm.generate([5] * 3000, GREEDY)
-        assert llm.generate("The sky is", GREEDY)[0].outputs[0].text
+        assert llm.generate("The sky is", ONE_TOKEN)[0].outputs[0].text
 
     def test_a_second_prompt_with_the_same_beginning_takes_it_from_the_cache(self, llm: LLM) -> None:
         prompt = list(range(100, 164))
-        llm.generate(prompt, GREEDY)
-        assert llm.generate([*prompt, 7], GREEDY)[0].num_cached_tokens == 64
+        llm.generate(prompt, ONE_TOKEN)
+        assert llm.generate([*prompt, 7], ONE_TOKEN)[0].num_cached_tokens == 64
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_prompts_as_token_ids(tmp_path: Path) -> None:
@@ -169,21 +188,25 @@ def test_a_checkpoint_without_a_tokenizer_takes_prompts_as_token_ids(tmp_path: P
     assert "prompt 3: prompt token 0 has id 500" in ran.stderr
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "coordinator"])
-def test_a_process_that_is_killed_and_not_replaced_ends_all_and_is_named(victim: str) -> None:
-    with LLM(CONFIG, ["supervision.max_restarts=0"]) as llm:
+@pytest.mark.parametrize("victim", ["rank 1", "coordinator"])
+def test_a_process_that_is_killed_and_not_replaced_ends_all_and_is_named(
+    tiny: TinyDeployment, victim: str
+) -> None:
+    with LLM(tiny.config, ["supervision.max_restarts=0"]) as llm:
         pids = llm.pids
         os.kill(pids[victim], signal.SIGKILL)
         with pytest.raises(EngineDeadError, match=rf"{victim} \(pid {pids[victim]}\) was killed by SIGKILL"):
-            llm.generate("Once", SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True))
+            llm.generate([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=60_000, ignore_eos=True))
     for pid in pids.values():
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_the_death_of_the_parent_takes_all_children_with_it(nothing_is_left_behind: Path) -> None:
+def test_the_death_of_the_parent_takes_all_children_with_it(
+    tiny: TinyDeployment, nothing_is_left_behind: Path
+) -> None:
     program = (
         "import time\nfrom launch import LLM\n"
-        f"llm = LLM({CONFIG!r})\nprint(*llm.pids.values(), flush=True)\ntime.sleep(60)"
+        f"llm = LLM({tiny.config!r})\nprint(*llm.pids.values(), flush=True)\ntime.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
