@@ -10,8 +10,10 @@ import pytest
 from launch import LLM, SamplingParams
 from launch.config_file import load_config
 from launch.generate_command import _to_grammar
-from tests.process.test_generate import CONFIG, tprt
-from tests.support.deployments import TinyDeployment
+from tests.process.test_generate import tprt
+from tests.support.checkpoints import TinyModel
+from tests.support.deployments import TinyDeployment, make_tiny_deployment
+from tests.support.tokenizers import byte_tokenizer
 from tprt.errors import ConfigError, InvalidRequestError
 from tprt.messages import Grammar
 
@@ -33,10 +35,12 @@ def nothing_is_left_behind(tmpdir_of_children: Path) -> Path:
 
 
 def test_the_command_prints_what_fits_a_schema_with_penalties_beside_it(tmp_path: Path) -> None:
+    talking = make_tiny_deployment(tmp_path, TinyModel(heads=9, kv_heads=3, vocab_size=300))
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer())
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
     ran = tprt(
-        *("generate", CONFIG, "--chat", "--prompt", "Name a color.", "--json", "--max-tokens", "90"),
+        *("generate", talking.config, "--prompt", "Name a color.", "--json", "--max-tokens", "200"),
         *("--json-schema", str(schema), "--repetition-penalty", "1.1", "--presence-penalty", "0.2"),
         *("--frequency-penalty", "0.1", "--min-tokens", "3", "--temperature", "0.7", "--seed", "3"),
         *("--set", "parallel.tensor_parallel_size=1"),
