@@ -146,6 +146,7 @@ def start_ranks(tmp_path: Path) -> Iterator[Any]:
             process.kill()
 
 
+@pytest.mark.timeout(400)
 def test_2_to_5_ranks_get_the_exact_fold_and_leave_nothing_behind(start_ranks: Any) -> None:
     ranks = start_ranks(5, "exact")
     for number, rank in enumerate(ranks):
@@ -153,7 +154,7 @@ def test_2_to_5_ranks_get_the_exact_fold_and_leave_nothing_behind(start_ranks: A
         for size in range(max(2, number + 1), 6):
             assert rank.hear() == {"done": size}
         assert rank.hear() == {"left": [], "mapped": False}
-        assert rank.process.wait(10) == 0
+        assert rank.process.wait(PROMPT_S) == 0
 
 
 def test_a_stopped_rank_is_named_at_the_deadline_and_a_killed_one_at_once(start_ranks: Any) -> None:
