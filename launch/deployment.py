@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 from launch.child import API_KEYS, EPOCH, LISTENER_FD, MEETING
@@ -20,7 +21,7 @@ from launch.log_dir import make_log_dir, sink_of
 from launch.multihost.head import open_head
 from launch.parent_death import RUN_DIR
 from launch.planning.rank_weights import resolve_rank_weights
-from launch.program_end import ProgramEnd
+from launch.program_end import ProgramEnd, PutOffEnd
 from launch.rank_specs import LOOPBACK, make_rank_specs
 from launch.run_dir import RunDir, adopts_ranks, newest_heartbeats, request_address, write_config
 from launch.serving.record import read_server
@@ -164,8 +165,11 @@ class Deployment:
         timeout_s = self.config.supervision.startup_timeout_s
         deadline_s = time.monotonic() + timeout_s + _STARTUP_GRACE_S
         client.hello()
-        with LoadProgress(self.config.logging, self.open_heartbeats) as progress:
+        with LoadProgress(self.config.logging, self.open_heartbeats) as progress, self._put_off_end() as end:
             while self.ready is None:
+                if end is not None and end.is_asked:
+                    self.explain_signal()
+                    end.catch_up()
                 self.raise_if_failed()
                 if self._pulse is not None:
                     self._pulse.raise_if_stopped()
@@ -205,6 +209,10 @@ class Deployment:
     def raise_if_failed(self) -> None:
         """Raise the first cause if a process has failed."""
         self._supervisor.raise_if_failed()
+
+    def _put_off_end(self) -> AbstractContextManager[PutOffEnd | None]:
+        """Return what puts a signal off where there may be something to say before it."""
+        return PutOffEnd() if adopts_ranks(self._run_dir.path) else nullcontext()
 
     def explain_signal(self) -> None:
         """Raise the first cause if torchrun has asked this program to end because of a failure.

@@ -19,13 +19,14 @@ from launch.failure import Death, forget_failures, read_failure
 from launch.run_dir import epoch_dir, heartbeats_path, stack_path
 from launch.torchrun.adoption import adopt
 from tprt.errors import TransportError
-from tprt.transport.heartbeat import HeartbeatReader, RankBeat, announce_process
+from tprt.transport.heartbeat import HeartbeatReader, Phase, RankBeat, announce_process
 from tprt.transport.heartbeat_file import create_heartbeats
 from tprt.transport.peer_process import is_gone
 
 # Signals on which a process shows its stacks before it dies.
 _CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
 _MAX_STACK_CHARS = 20_000
+_LOOK_S = 0.2
 
 
 class RankGroup:
@@ -85,12 +86,24 @@ class RankGroup:
             for child in self.children
             if (record := read_failure(self._run_dir, child.name)) is not None or child.exit_code is not None
         ]
-        return children + [
+        return children + self._deaths_of_adopted(beats)
+
+    @property
+    def look_s(self) -> float:
+        """Seconds between two looks at adopted ranks, whose end no descriptor tells."""
+        return _LOOK_S if self._adopted else float("inf")
+
+    def has_lost_adopted(self) -> bool:
+        """Tell whether one of them has ended, or is about to."""
+        return bool(self._adopted and self._deaths_of_adopted(self._beats()))
+
+    def _deaths_of_adopted(self, beats: Sequence[RankBeat]) -> list[Death]:
+        return [
             Death(f"rank {beat.rank}", beat.pid, None, record, beat.phase.words, beat.step)
             for beat in beats
             if beat.rank in self._adopted
             if (record := read_failure(self._run_dir, f"rank {beat.rank}")) is not None
-            or (beat.pid and is_gone(beat.state))
+            or (beat.pid and is_gone(beat.state) and beat.phase != Phase.SHUTDOWN)
         ]
 
     def end(self) -> None:

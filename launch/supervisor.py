@@ -82,12 +82,9 @@ class Supervisor:
         make_ranks: Callable[[int], Sequence[ChildSpec]],
         server: ChildSpec | None = None,
     ) -> None:
-        """Start the coordinator, the server and the ranks of the first epoch, and begin to watch them.
+        """Start the coordinator, the ranks of the first epoch, and a `server` of HTTP, and begin to watch them.
 
-        Args:
-            coordinator: finds the descriptor of its lane to the supervisor in `SUPERVISOR_FD`.
-            make_ranks: what to start for an epoch.
-            server: what serves HTTP, if anything does.
+        The coordinator finds the descriptor of its lane to the supervisor in `SUPERVISOR_FD`.
 
         Raises:
             EngineDeadError: one could not be started; says which and why.
@@ -205,7 +202,8 @@ class Supervisor:
                 poller.register(fd, select.POLLIN)
         if self._tee.has_backlog:
             poller.register(STDERR, select.POLLOUT)
-        left_s = self._deadline_s - time.monotonic()
+        look_s = float("inf") if self._group is None else self._group.look_s
+        left_s = min(look_s, self._deadline_s - time.monotonic())
         return {fd for fd, _ in poller.poll(None if left_s == float("inf") else max(left_s, 0.0) * 1000)}
 
     def _take_in(self, ready: set[int]) -> None:
@@ -219,7 +217,8 @@ class Supervisor:
         if self._lane.fileno() in ready:
             for request in self._lane.requests():
                 self._take_request(request)
-        if not self._stop_asked and any(child.pidfd in ready for child in self._children()):
+        has_lost = self._group is not None and self._group.has_lost_adopted()
+        if not self._stop_asked and (has_lost or any(child.pidfd in ready for child in self._children())):
             self._take_deaths()
 
     def _take_request(self, request: StartGroup | GroupReady | EndGroup) -> None:

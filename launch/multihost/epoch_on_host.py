@@ -86,12 +86,13 @@ class EpochOnHost:
 
     def _failure(self) -> str:
         """Tell node rank 0 of ranks that have failed, and wait until it has ended the others."""
-        if self._group is None or not any(child.exit_code for child in self._group.children):
+        group = self._group
+        if group is None or not (group.has_lost_adopted() or any(child.exit_code for child in group.children)):
             return ""
         time.sleep(_GATHER_S)
-        for child in self._group.children:
+        for child in group.children:
             child.log.read()
-        cause = first_cause([cause_of(death) for death in self._group.deaths() if death.exit_code != 0])
+        cause = first_cause([cause_of(death) for death in group.deaths() if death.exit_code != 0])
         return self._give_up(cause)
 
     def _give_up(self, cause: Cause) -> str:
