@@ -29,8 +29,6 @@ MODEL = ".models/SmolLM2-135M-Instruct"
 PROMPT = [504, 8087, 314]
 SECRET = {"TPRT_HOSTS_SECRET": "0123456789abcdef"}
 NUM_TOKENS = 6
-# Enough to kill a rank meanwhile.
-NUM_TOKENS_OF_TINY = 500
 # A whole start on a busy machine, and the end of one.
 START_S = 100.0
 END_S = 20.0
@@ -97,11 +95,11 @@ def test_two_hosts_give_the_tokens_of_one(tiny: TinyDeployment) -> None:
     assert "has joined with ranks 1, 2; ranks use interface link1" in others
 
 
-def ranks_in(folder: Path, process: Popen[str]) -> list[RankBeat]:
-    """Return what the ranks note of themselves once each is in a step."""
+def ranks_in(epoch: int, folder: Path, process: Popen[str]) -> list[RankBeat]:
+    """Return what the ranks of an epoch note of themselves once each is in a step."""
     deadline_s = time.monotonic() + START_S
     while time.monotonic() < deadline_s and process.poll() is None:
-        for path in folder.glob("tprt-*/heartbeats-*"):
+        for path in folder.glob(f"tprt-*/heartbeats-{epoch}"):
             with contextlib.suppress(TransportError):
                 reader = HeartbeatReader.open(path)
                 beats = reader.read()
@@ -113,37 +111,22 @@ def ranks_in(folder: Path, process: Popen[str]) -> list[RankBeat]:
     raise AssertionError(f"no step has begun: {process.communicate()}")
 
 
-def kill(rank: int, folder: Path, process: Popen[str]) -> str:
-    """Kill a rank within a step; return how what is said of it begins."""
-    pid = ranks_in(folder, process)[rank].pid
-    os.kill(pid, signal.SIGKILL)
-    return f"tprt: rank {rank} (pid {pid}) "
+def kill(beat: RankBeat) -> str:
+    """Kill a rank; return how what is said of it begins."""
+    os.kill(beat.pid, signal.SIGKILL)
+    return f"tprt: rank {beat.rank} (pid {beat.pid}) "
 
 
-def cause_in(said: str) -> str:
-    """Return the one line that tells of a rank."""
-    causes = [line for line in said.splitlines() if line.startswith("tprt: rank ")]
-    assert len(causes) == 1, said
-    return causes[0]
-
-
-def test_a_rank_that_dies_is_one_cause_and_an_exit_code(tiny: TinyDeployment, tmpdir_of_children: Path) -> None:
-    with torchrun(2, "--config", tiny.config, *generate([5, 6, 7], 60000)) as process:
-        victim = kill(0, tmpdir_of_children, process)
-        _, said = process.communicate(timeout=END_S)
-    assert process.returncode == 1
-    assert cause_in(said).startswith(f"{victim}was killed by SIGKILL in phase decode, step ")
-    assert "rank      : 0 (local_rank: 0)" in said.partition("Root Cause (first observed failure):")[2]
-
-
-def test_after_a_rank_has_died_torchrun_starts_all_of_it_again(
+def test_a_rank_that_dies_is_one_cause_and_torchrun_starts_all_of_it_again_or_ends(
     tiny: TinyDeployment, tmpdir_of_children: Path
 ) -> None:
-    arguments = ("--config", tiny.config, *generate([5, 6, 7], NUM_TOKENS_OF_TINY))
-    with torchrun(2, *arguments, max_restarts=1) as process:
-        victim = kill(1, tmpdir_of_children, process)
-        out, said = process.communicate(timeout=START_S)
-    assert process.returncode == 0, said
-    assert cause_in(said).startswith(f"{victim}has ended without a report in phase decode, step ")
-    *_, line = out.splitlines()
-    assert json.loads(line)["token_ids"] == tiny.expected([5, 6, 7], NUM_TOKENS_OF_TINY)
+    with torchrun(2, "--config", tiny.config, *generate([5, 6, 7], 60000), max_restarts=1) as process:
+        adopted = kill(ranks_in(0, tmpdir_of_children, process)[1])
+        child = kill(ranks_in(1, tmpdir_of_children, process)[0])
+        _, said = process.communicate(timeout=END_S)
+    assert process.returncode == 1, said
+    causes = [line for line in said.splitlines() if line.startswith("tprt: rank ")]
+    assert len(causes) == 2, said
+    assert causes[0].startswith(f"{adopted}has ended without a report in phase "), said
+    assert causes[1].startswith(f"{child}was killed by SIGKILL in phase "), said
+    assert "rank      : 0 (local_rank: 0)" in said.partition("Root Cause (first observed failure):")[2]
