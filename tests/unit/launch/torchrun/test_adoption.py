@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,4 +93,22 @@ def test_the_end_of_an_adopted_rank_is_told_with_its_phase_or_in_its_own_words(r
     (told,) = [cause_of(death) for death in group.deaths()]
     assert told.kind == CauseKind.OWN_ERROR
     assert told.gist.endswith("failed in phase decode: ValueError: odd")
+    group.end()
+
+
+END_IN_ORDER = """
+import sys
+from tprt.transport.heartbeat import HeartbeatWriter, Phase
+HeartbeatWriter.open(sys.argv[1], 1).set_phase(Phase.SHUTDOWN)
+"""
+
+
+def test_an_adopted_rank_that_has_ended_in_order_is_not_lost(run_dir: RunDir) -> None:
+    group = RankGroup(run_dir.path, 0, [SPEC], LogTee(), 2)
+    assert group.start() is None
+    heartbeats = heartbeats_path(run_dir.path, 0)
+    subprocess.run([sys.executable, "-c", END_IN_ORDER, heartbeats], check=True, timeout=WAIT_S)
+    assert not group.has_lost_adopted()
+    write_failure(run_dir.path, "rank 1", "shutdown", ValueError("odd"))
+    assert group.has_lost_adopted()
     group.end()
