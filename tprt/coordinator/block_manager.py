@@ -5,8 +5,7 @@ can be taken back by a sequence with the same prefix, until it is handed out for
 was freed longest ago goes first. A sequence's blocks are freed from the last to the first, and whoever holds
 a block holds the blocks before it, so the tail of a chain always goes before its head.
 
-A full block is known by a hash of its tokens and of the hash before it. BLAKE2b with 256 bits: the tokens are
-not compared, since nobody can make two chains with one hash. It is the same in every process.
+A full block is known by the hash of `tprt/block_hash.py`.
 
 Knows nothing of sequences, steps, or where the KV is.
 """
@@ -15,24 +14,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 
 import numpy as np
 
 from tprt.messages import Int32Array
-
-_HASH_BYTES = 32
-NO_PARENT = bytes(_HASH_BYTES)
-
-
-def hash_block(parent: bytes, token_bytes: bytes) -> bytes:
-    """Return the hash of a full block.
-
-    Args:
-        parent: hash of the block before it, `NO_PARENT` for the first.
-        token_bytes: its token ids as packed int32.
-    """
-    return blake2b(parent + token_bytes, digest_size=_HASH_BYTES).digest()
 
 
 class BlockManager:

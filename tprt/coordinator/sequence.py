@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tprt.coordinator.block_manager import NO_PARENT, hash_block
+from tprt.block_hash import NO_PARENT, hash_block
 from tprt.coordinator.limits import SchedulerLimits
 from tprt.coordinator.logit_adjuster import LogitAdjuster
 from tprt.messages import Int32Array, SamplingParams

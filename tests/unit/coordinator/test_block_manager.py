@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tprt.coordinator.block_manager import NO_PARENT, BlockManager, hash_block
+from tprt.block_hash import NO_PARENT, hash_block
+from tprt.coordinator.block_manager import BlockManager
 
 
 def chain(*blocks: str) -> list[bytes]:
