@@ -12,7 +12,7 @@ from launch.program_end import PutOffEnd
 from tprt.errors import InvalidRequestError
 from tprt.messages import EngineReady, SamplingParams
 from tprt.server.completion import Completion
-from tprt.server.engine_client import EngineClient
+from tprt.server.routed_client import RoutedClient
 from tprt.server.tokenizer import Tokenizer
 
 
@@ -20,7 +20,7 @@ class ChatSession:
     """A conversation that grows with every answer."""
 
     def __init__(
-        self, deployment: Deployment, client: EngineClient, tokenizer: Tokenizer, sampling: SamplingParams
+        self, deployment: Deployment, client: RoutedClient, tokenizer: Tokenizer, sampling: SamplingParams
     ) -> None:
         """Begin with no message; `deployment` is ready."""
         assert deployment.ready is not None

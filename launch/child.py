@@ -14,6 +14,8 @@ from launch.failure import write_failure
 from tprt.log import get_logger
 
 EPOCH = "TPRT_EPOCH"
+# Number of its replica, where there are several.
+REPLICA = "TPRT_REPLICA"
 SUPERVISOR_FD = "TPRT_SUPERVISOR_FD"
 LISTENER_FD = "TPRT_LISTENER_FD"
 API_KEYS = "TPRT_API_KEYS"
@@ -26,6 +28,12 @@ STEPS_FD = "TPRT_STEPS_FD"
 STEPS_ADDRESS = "TPRT_STEPS_ADDRESS"
 STEPS_TOKEN = "TPRT_STEPS_TOKEN"
 STORE_FD = "TPRT_STORE_FD"
+
+
+def log_name(name: str) -> str:
+    """Return the name of this process in the log: with that of its replica, where there are several."""
+    number = os.environ.get(REPLICA)
+    return name if number is None else f"replica {number} {name}"
 
 
 def run_child(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from launch.child import EPOCH, STEPS_FD, STEPS_TOKEN, SUPERVISOR_FD, run_child
+from launch.child import EPOCH, STEPS_FD, STEPS_TOKEN, SUPERVISOR_FD, log_name, run_child
 from launch.run_dir import heartbeats_path, read_config, request_address, stack_path, worker_socket
 from launch.stack_dump import install_stack_dumps
 from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
@@ -117,7 +117,7 @@ def main() -> None:
     supervisor = socket.socket(fileno=int(os.environ.pop(SUPERVISOR_FD)))
     supervisor.set_inheritable(False)
     config = read_config(run_dir)
-    configure_logging(config.logging.level, config.logging.format, NAME)
+    configure_logging(config.logging.level, config.logging.format, log_name(NAME))
     run_child(
         NAME,
         run_dir,

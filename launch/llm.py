@@ -20,10 +20,10 @@ from launch.deployment import Deployment
 from launch.program_end import PutOffEnd
 from launch.progress import GenerationProgress
 from tprt.config import Config
-from tprt.errors import InvalidRequestError
+from tprt.errors import EngineDeadError, InvalidRequestError
 from tprt.messages import SamplingParams
 from tprt.server.completion import Completion, FinishName, TokenLogprobs
-from tprt.server.engine_client import EngineClient
+from tprt.server.routed_client import RoutedClient
 from tprt.server.sampling_defaults import read_sampling_defaults
 from tprt.server.tokenizer import Message, Tokenizer
 
@@ -75,7 +75,7 @@ class LLM:
         self._default_sampling = SamplingParams(**asdict(read_sampling_defaults(config.model)))
         self.tokenizer = open_tokenizer(config.model.path)
         self._deployment = Deployment(config)
-        self._client: EngineClient | None = None
+        self._client: RoutedClient | None = None
         try:
             self._deployment.start()
             self._client = self._deployment.connect(self.tokenizer)
@@ -86,7 +86,7 @@ class LLM:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by name: `coordinator`, `rank 0`, ..."""
+        """Process ids by name: `coordinator`, `rank 0`; with several replicas `replica 1 rank 0`."""
         return self._deployment.pids
 
     def generate(
@@ -224,6 +224,8 @@ def _one_for_each(params: SamplingParams | Sequence[SamplingParams], count: int)
 
 
 def _raise_if_refused(index: int, completion: Completion) -> None:
+    if completion.error is not None and completion.was_lost:
+        raise EngineDeadError(f"prompt {index + 1}: {completion.error}")
     if completion.error is not None:
         raise InvalidRequestError(f"prompt {index + 1}: {completion.error}")
 

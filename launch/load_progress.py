@@ -30,12 +30,14 @@ _BETWEEN_RECORDS_S = 0.5
 class LoadProgress:
     """Shows the bytes in place, of all ranks together, while a deployment starts."""
 
-    def __init__(self, logging: LoggingConfig, open_heartbeats: Callable[[], HeartbeatReader | None]) -> None:
-        """`open_heartbeats` returns None before there are any."""
+    def __init__(
+        self, logging: LoggingConfig, open_heartbeats: Sequence[Callable[[], HeartbeatReader | None]]
+    ) -> None:
+        """`open_heartbeats`, for each replica, returns None before there are any."""
         self._is_json = logging.format == "json"
         self._is_recorded = self._is_json and logging.level in ("debug", "info")
         self._open_heartbeats = open_heartbeats
-        self._reader: HeartbeatReader | None = None
+        self._readers: dict[int, HeartbeatReader] = {}
         self._last_record_s = time.monotonic()
         self._last_bytes = 0
         self._bar = Progress(
@@ -58,10 +60,11 @@ class LoadProgress:
         """Show where the ranks are."""
         if self._bar.disable and not self._is_recorded:
             return
-        if self._reader is None:
-            self._reader = self._open_heartbeats()
-        if self._reader is not None:
-            self._show(self._reader.read())
+        for number, open_heartbeats in enumerate(self._open_heartbeats):
+            if number not in self._readers and (reader := open_heartbeats()) is not None:
+                self._readers[number] = reader
+        if len(self._readers) == len(self._open_heartbeats):
+            self._show([beat for number in sorted(self._readers) for beat in self._readers[number].read()])
 
     def _show(self, beats: Sequence[RankBeat]) -> None:
         done, total = (sum(getattr(beat, name) for beat in beats) for name in ("done_bytes", "total_bytes"))
@@ -88,5 +91,5 @@ class LoadProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if self._reader is not None:
-            self._reader.close()
+        for reader in self._readers.values():
+            reader.close()

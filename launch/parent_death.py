@@ -15,6 +15,8 @@ import time
 
 PARENT_PID = "TPRT_PARENT_PID"
 RUN_DIR = "TPRT_RUN_DIR"
+# The folder of the whole deployment, where it has several replicas with a RUN_DIR each.
+DEPLOYMENT_DIR = "TPRT_DEPLOYMENT_DIR"
 _PR_SET_PDEATHSIG = 1
 _TRIES = 50
 _BETWEEN_TRIES_S = 0.01
@@ -41,13 +43,31 @@ def clean_up_after_parent() -> None:
 
 
 def remove_run_dir() -> None:
-    """Remove what the processes of this deployment shared; for the last of them that uses it."""
+    """Remove what the processes of this deployment shared; for the last of them that uses it.
+
+    One of several replicas removes its own folder, and the last of them that of the deployment.
+    """
+    _remove(os.environ[RUN_DIR])
+    whole = os.environ.get(DEPLOYMENT_DIR)
+    if whole is not None and not _has_folders(whole):
+        _remove(whole)
+
+
+def _remove(folder: str) -> None:
     # What another thread or a dying rank makes just then is removed by the next try.
     for _ in range(_TRIES):
-        shutil.rmtree(os.environ[RUN_DIR], ignore_errors=True)
-        if not os.path.lexists(os.environ[RUN_DIR]):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
             return
         time.sleep(_BETWEEN_TRIES_S)
+
+
+def _has_folders(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.is_dir() for entry in entries)
+    except FileNotFoundError:
+        return False
 
 
 def _ask_for(number: signal.Signals) -> None:

@@ -1,5 +1,7 @@
 """The private folder of one deployment: its sockets, its resolved configuration, its failure records.
 
+Several replicas have a folder in it each, for all that the processes of one share.
+
 Only small things: sockets take no space, so even a 1 MiB /dev/shm will do where nothing else is writable.
 
 Whoever makes a folder holds a lock on a file in it and removes it. The kernel lets go of that lock with the
@@ -218,6 +220,15 @@ def find_config(run_dir: Path) -> Config | None:
         return read_config(run_dir)
     except (OSError, ValidationError):
         return None
+
+
+def replica_dirs(run_dir: Path, num_replicas: int) -> list[Path]:
+    """Return the folder of each replica: that of the deployment for the only one.
+
+    That of a replica which is lost is not there any more.
+    """
+    # Short, since paths of sockets are.
+    return [run_dir] if num_replicas == 1 else [run_dir / f"r{number}" for number in range(num_replicas)]
 
 
 def worker_socket(run_dir: Path, epoch: int) -> str:

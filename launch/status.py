@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from launch.run_dir import find_config, living_run_dirs, newest_heartbeats
+from launch.run_dir import find_config, living_run_dirs, newest_heartbeats, replica_dirs
 from launch.serving.record import ServerRecord, read_server
 from tprt.config import Config, SupervisionConfig
 from tprt.coordinator.stall import is_stalled
@@ -35,11 +35,15 @@ class Verdict(StrEnum):
     """Steps are finished, and requests wait for a place."""
     STALLED = "stalled"
     """There is work and no progress, or a process that cannot make any."""
+    DEGRADED = "degraded"
+    """Some replicas serve, and others do not."""
+    LOST = "lost"
+    """Of a replica: its ranks have failed and are not replaced."""
 
     @property
     def serves(self) -> bool:
         """Whether a request that comes now will be served."""
-        return self in (Verdict.HEALTHY, Verdict.BUSY)
+        return self in (Verdict.HEALTHY, Verdict.BUSY, Verdict.DEGRADED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +70,27 @@ class Signs:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One of several replicas: what is known of it, how it is doing and why that is said."""
+
+    signs: Signs
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """One deployment: where it is, what it runs, how it is doing and why that is said."""
+    """One deployment: where it is, what it runs, how it is doing and why that is said.
+
+    With several replicas `signs` are those of what they share, the server.
+    """
 
     run_dir: Path
     model: str
     signs: Signs
     verdict: Verdict
     reason: str
+    replicas: tuple[ReplicaStatus, ...] = ()
 
 
 def find_deployments() -> list[DeploymentStatus]:
@@ -87,16 +104,46 @@ def look_at(run_dir: Path) -> DeploymentStatus | None:
     config = find_config(run_dir)
     model = "unknown" if config is None else config.model.path
     timeout_s = (SupervisionConfig() if config is None else config.supervision).stall_timeout_s
+    server = read_server(run_dir)
+    folders = replica_dirs(run_dir, 1 if config is None else config.parallel.data_parallel_size)
+    found = [_look_at_replica(folder, config, server, timeout_s) for folder in folders]
+    if not run_dir.is_dir():
+        return None
+    if len(found) == 1:
+        (only,) = found
+        return DeploymentStatus(run_dir, model, only.signs, only.verdict, only.reason)
+    verdict, reason = judge_replicas(found)
+    return DeploymentStatus(run_dir, model, _signs_of(server), verdict, reason, tuple(found))
+
+
+def _look_at_replica(
+    folder: Path, config: Config | None, server: ServerRecord | None, timeout_s: float
+) -> ReplicaStatus:
+    if not folder.is_dir():
+        return ReplicaStatus(_signs_of(server), Verdict.LOST, "its ranks have failed and are not replaced")
     try:
-        signs = _read_signs(run_dir, config)
+        signs = _read_signs(folder, config, server)
         verdict, reason = judge(signs, timeout_s)
         if verdict is Verdict.STALLED:
             time.sleep(_LOOK_AGAIN_S)
-            signs = _read_signs(run_dir, config)
+            signs = _read_signs(folder, config, server)
             verdict, reason = judge(signs, timeout_s)
     except TransportError as error:
         signs, verdict, reason = Signs(time.monotonic_ns()), Verdict.STALLED, str(error)
-    return DeploymentStatus(run_dir, model, signs, verdict, reason) if run_dir.is_dir() else None
+    return ReplicaStatus(signs, verdict, reason)
+
+
+def judge_replicas(found: Sequence[ReplicaStatus]) -> tuple[Verdict, str]:
+    """Tell how a deployment of several replicas is doing, and why."""
+    bad = [(number, one) for number, one in enumerate(found) if not one.verdict.serves]
+    if not bad:
+        busy = next((one for one in found if one.verdict is Verdict.BUSY), found[0])
+        return busy.verdict, busy.reason
+    said = "; ".join(f"replica {number}: {one.verdict}, {one.reason}" for number, one in bad)
+    if len(bad) < len(found):
+        return Verdict.DEGRADED, f"{len(found) - len(bad)} of {len(found)} replicas serve; {said}"
+    is_starting = any(one.verdict is Verdict.STARTING for _, one in bad)
+    return Verdict.STARTING if is_starting else Verdict.STALLED, said
 
 
 def judge(signs: Signs, stall_timeout_s: float) -> tuple[Verdict, str]:
@@ -124,12 +171,16 @@ def judge(signs: Signs, stall_timeout_s: float) -> tuple[Verdict, str]:
     return Verdict.HEALTHY, "steps are finished as they come"
 
 
-def _read_signs(run_dir: Path, config: Config | None) -> Signs:
+def _signs_of(server: ServerRecord | None) -> Signs:
+    """Return what is known where there is nothing but the server."""
+    state = "" if server is None else process_state(server.pid)
+    return Signs(time.monotonic_ns(), server=server, server_state=state)
+
+
+def _read_signs(run_dir: Path, config: Config | None, server: ServerRecord | None) -> Signs:
     path = newest_heartbeats(run_dir)
-    server = read_server(run_dir)
-    server_state = "" if server is None else process_state(server.pid)
     if path is None:
-        return Signs(time.monotonic_ns(), server=server, server_state=server_state)
+        return _signs_of(server)
     reader = HeartbeatReader.open(path)
     beats = reader.read()
     reader.close()
@@ -145,7 +196,7 @@ def _read_signs(run_dir: Path, config: Config | None) -> Signs:
         record=record,
         coordinator_state="" if record is None else process_state(record.pid),
         server=server,
-        server_state=server_state,
+        server_state="" if server is None else process_state(server.pid),
     )
 
 

@@ -26,8 +26,9 @@ def status(as_json: JsonOption = False) -> None:
 
     healthy: steps are finished as they come, or nothing is to be done. busy: the same, and requests wait.
     starting: the ranks are not ready. stalled: there is work and no progress, or a process is stopped or gone.
+    degraded: of several replicas some serve.
 
-    Exit code: 0 when all are healthy or busy, 1 when one is not, 3 when there is none.
+    Exit code: 0 when all are healthy, busy or degraded, 1 when one is not, 3 when there is none.
     """
     found = find_deployments()
     for deployment in found:
@@ -49,16 +50,27 @@ def _age_s(signs: Signs, time_ns: int) -> float | None:
 
 def _to_json(deployment: DeploymentStatus) -> dict[str, object]:
     signs = deployment.signs
-    return {
+    fields: dict[str, object] = {
         "run_dir": str(deployment.run_dir),
         "model": deployment.model,
         "verdict": deployment.verdict.value,
         "reason": deployment.reason,
-        "coordinator": _coordinator_fields(signs),
         "server": _server_fields(signs),
-        "ranks": [
-            _rank_fields(signs, beat, state) for beat, state in zip(signs.beats, signs.states, strict=True)
-        ],
+    }
+    if not deployment.replicas:
+        return fields | _group_fields(signs)
+    replicas = [
+        {"replica": number, "verdict": one.verdict.value, "reason": one.reason} | _group_fields(one.signs)
+        for number, one in enumerate(deployment.replicas)
+    ]
+    return fields | {"replicas": replicas}
+
+
+def _group_fields(signs: Signs) -> dict[str, object]:
+    beats = zip(signs.beats, signs.states, strict=True)
+    return {
+        "coordinator": _coordinator_fields(signs),
+        "ranks": [_rank_fields(signs, beat, state) for beat, state in beats],
     }
 
 
@@ -106,11 +118,18 @@ def _print(deployment: DeploymentStatus) -> None:
     print(f"{deployment.run_dir}: {deployment.model}: {deployment.verdict} ({deployment.reason})")
     if (server := deployment.signs.server) is not None:
         print(f"  {server.url}; server pid {server.pid}")
-    print(f"  {_coordinator_line(deployment.signs)}")
+    if not deployment.replicas:
+        _print_group(deployment.signs)
+    for number, replica in enumerate(deployment.replicas):
+        print(f"  replica {number}: {replica.verdict} ({replica.reason})")
+        _print_group(replica.signs)
+
+
+def _print_group(signs: Signs) -> None:
+    print(f"  {_coordinator_line(signs)}")
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in _HEADINGS:
         table.add_column(name, justify="right")
-    signs = deployment.signs
     for beat, state in zip(signs.beats, signs.states, strict=True):
         table.add_row(*_cells(signs, beat, state))
     if signs.beats:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.child import EPOCH, STEPS_ADDRESS, STEPS_TOKEN, STORE_FD, run_child
+from launch.child import EPOCH, STEPS_ADDRESS, STEPS_TOKEN, STORE_FD, log_name, run_child
 from launch.run_dir import epoch_dir, heartbeats_path, read_config, worker_socket
 from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
@@ -204,7 +204,7 @@ def main() -> None:
     install_stack_dumps(place.run_dir, name)
     beat = open_beat(place)
     config = read_config(place.run_dir)
-    configure_logging(config.logging.level, config.logging.format, name)
+    configure_logging(config.logging.level, config.logging.format, log_name(name))
     process = WorkerProcess(place, config, beat)
 
     def report(error: Exception) -> None:

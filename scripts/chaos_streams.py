@@ -21,7 +21,8 @@ from launch.deployment import Deployment
 from launch.run_dir import living_run_dirs, request_address
 from tprt.messages import RequestOutput, SamplingParams
 from tprt.server.completion import Completion
-from tprt.server.engine_client import EngineClient
+from tprt.server.replica_router import ReplicaRouter
+from tprt.server.routed_client import RoutedClient
 from tprt.transport.channel import Buffer
 from tprt.transport.codec import decode
 from tprt.transport.zmq_socket import RequestClient
@@ -92,6 +93,15 @@ class CountingLane:
         self._lane = lane
         self.tokens: Counter[int] = Counter()
 
+    @property
+    def loss(self) -> str | None:
+        """Why nothing will come any more."""
+        return self._lane.loss
+
+    def filenos(self) -> tuple[int, ...]:
+        """Pass on."""
+        return self._lane.filenos()
+
     def send(self, parts: Sequence[Buffer]) -> None:
         """Pass on."""
         self._lane.send(parts)
@@ -132,7 +142,7 @@ class Streams:
             deployment.start()
             (run_dir,) = (path for path in set(living_run_dirs()) - before)
             lane = CountingLane(RequestClient.connect(request_address(run_dir)))
-            client = EngineClient(lane, None)
+            client = RoutedClient([lane], None, ReplicaRouter(1, 1, caches_prefixes=False))
             deployment.wait_until_ready(client)
             self.completions = [client.add(prompt, self._sampling)[1] for prompt in prompts()]
             while client.num_running:

@@ -6,14 +6,12 @@ Knows nothing of YAML, the command line or the environment.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-_OTLP_URL = re.compile(r"https?://[^/\s]+/\S+")
+from tprt.config_section import PositiveFloat, PositiveInt, Section
+from tprt.server_config import ServerConfig as ServerConfig
 
 
 def _word_or_list(value: object) -> str:
@@ -27,11 +25,7 @@ RankWeights = Annotated[
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which checkpoint, and how it is read."""
 
     path: str
@@ -46,11 +40,13 @@ class ModelConfig(_Section):
     """dummy fills the weights with small random numbers: for measuring without a checkpoint's files."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How the model is spread over ranks."""
 
     tensor_parallel_size: PositiveInt = 1
     """Number of ranks, each a process with one device."""
+    data_parallel_size: PositiveInt = 1
+    """Replicas of the model on this host, tensor_parallel_size ranks each, behind one endpoint."""
     rank_weights: RankWeights | None = None
     """Share of each rank, in any unit (GiB of its GPU, say); auto: memory of its GPU; none: equal shares."""
     all_reduce: Literal["auto", "shm", "gloo", "nccl", "symm_mem"] = "auto"
@@ -68,8 +64,17 @@ class ParallelConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _replicas_have_devices_of_their_own(self) -> ParallelConfig:
+        if self.data_parallel_size > 1 and self.allow_shared_gpu:
+            raise ValueError(
+                f"allow_shared_gpu with data_parallel_size {self.data_parallel_size}: each replica has devices"
+                " of its own; leave one of the two out"
+            )
+        return self
 
-class CacheConfig(_Section):
+
+class CacheConfig(Section):
     """The KV blocks."""
 
     block_size: PositiveInt = 16
@@ -84,7 +89,7 @@ class CacheConfig(_Section):
     """Keep the KV blocks of finished prompts and share equal prefixes."""
 
 
-class SchedulerConfig(_Section):
+class SchedulerConfig(Section):
     """What one step may hold."""
 
     max_num_seqs: PositiveInt = 256
@@ -104,7 +109,7 @@ class SchedulerConfig(_Section):
         return self
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """What the workers compute with."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -117,59 +122,7 @@ class RuntimeConfig(_Section):
     """CPU threads of each rank; none: the machine's cores divided by the ranks on it."""
 
 
-class ServerConfig(_Section):
-    """Where the HTTP server of `tprt serve` listens, who may ask, and how much."""
-
-    host: str = "127.0.0.1"
-    """Address to bind; one that others can reach needs an API key, or allow_anonymous."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """TCP port; 0 takes a free one."""
-    drain_timeout_s: PositiveFloat = 30.0
-    """Longest time that running requests have to finish after SIGTERM; what has not finished then is ended."""
-    served_model_name: str | None = None
-    """Name that requests give as `model`; none: the last part of model.path."""
-    api_key_file: str | None = None
-    """File with API keys, one a line; any of them opens the server, and so does $TPRT_API_KEY."""
-    allow_anonymous: bool = False
-    """Serve without API keys on an address that others can reach."""
-    allowed_origins: tuple[str, ...] = ()
-    """Web pages of these origins may ask (CORS); "*": of all; none: only the server's own page."""
-    ssl_certfile: str | None = None
-    """PEM file of the certificate, with those between it and the root; then the server speaks HTTPS only."""
-    ssl_keyfile: str | None = None
-    """PEM file of the certificate's private key; none: it is in ssl_certfile."""
-    max_queued_requests: Annotated[int, Field(ge=0)] = 1024
-    """Requests beyond scheduler.max_num_seqs that may wait for a place; more are refused with status 429."""
-    request_timeout_s: PositiveFloat | None = None
-    """A request ends at this age with what it has, or with status 429 if that is nothing; none: never."""
-    max_body_bytes: PositiveInt = 16 * 1024 * 1024
-    """Largest request body; a larger one is refused with status 413."""
-    log_requests: bool = True
-    """One log line for each request, without its text."""
-
-    otlp_traces_endpoint: str | None = None
-    """Send a span of each request there, as in http://127.0.0.1:4318/v1/traces; needs the extra tprt[otel]."""
-    otlp_service_name: str | None = None
-    """The service's name in its spans; none: $OTEL_SERVICE_NAME, or tprt."""
-
-    @field_validator("otlp_traces_endpoint")
-    @classmethod
-    def _is_a_whole_url(cls, endpoint: str | None) -> str | None:
-        if endpoint is not None and not _OTLP_URL.fullmatch(endpoint):
-            raise ValueError(
-                f"{endpoint!r} is no address for OTLP over HTTP; give the whole URL, its path too, as in"
-                " http://127.0.0.1:4318/v1/traces (port 4317 is mostly gRPC, which is not spoken here)"
-            )
-        return endpoint
-
-    @model_validator(mode="after")
-    def _key_has_a_certificate(self) -> ServerConfig:
-        if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise ValueError("ssl_keyfile is given without ssl_certfile; give both, or neither")
-        return self
-
-
-class SupervisionConfig(_Section):
+class SupervisionConfig(Section):
     """Deadlines, in seconds (nothing waits without one), and what happens when ranks fail."""
 
     startup_timeout_s: PositiveFloat = 600.0
@@ -186,7 +139,7 @@ class SupervisionConfig(_Section):
     """The time within which restarts are counted."""
 
 
-class HostsConfig(_Section):
+class HostsConfig(Section):
     """How a deployment is spread over hosts; one that is on one host needs none of it."""
 
     nnodes: PositiveInt = 1
@@ -238,7 +191,7 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """What is written to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -251,7 +204,7 @@ class LoggingConfig(_Section):
     """Ranks, by number on their host, whose log is shown; none: all. The others' go to logging.dir alone."""
 
 
-class Config(_Section):
+class Config(Section):
     """One deployment."""
 
     model: ModelConfig
@@ -285,6 +238,12 @@ class Config(_Section):
             raise ValueError(
                 f"parallel.tensor_parallel_size {parallel.tensor_parallel_size} does not spread evenly over"
                 f" hosts.nnodes {hosts.nnodes}; give hosts.nproc_per_node"
+            )
+        if hosts.nnodes > 1 and parallel.data_parallel_size > 1:
+            raise ValueError(
+                f"parallel.data_parallel_size is {parallel.data_parallel_size} and hosts.nnodes {hosts.nnodes}:"
+                " replicas are on one host; give each host a deployment of its own and put a router before them"
+                " (docs/serving.md, Replicas)"
             )
         if hosts.nnodes > 1 and parallel.all_reduce == "shm":
             raise ValueError("parallel.all_reduce is shm, which joins ranks of one host; use auto or gloo")

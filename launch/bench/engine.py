@@ -111,8 +111,14 @@ def bench_startup(config: Config, repeats: int) -> list[Row]:
     """Start `repeats` times and return the seconds that each rank spent in each phase, up to the first token.
 
     Raises:
+        ConfigError: it has several replicas.
         EngineDeadError: the deployment failed.
     """
+    if config.parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.data_parallel_size is {config.parallel.data_parallel_size}: the start of one replica is"
+            " measured; give --set parallel.data_parallel_size=1"
+        )
     return [row for number in range(repeats) for row in _one_start(config, number)]
 
 
@@ -126,7 +132,7 @@ def _one_start(config: Config, number: int) -> list[Row]:
             spans = _PhaseSpans(deployment, started_s)
             while deployment.ready is None:
                 deployment.raise_if_failed()
-                deployment.ready = client.poll(_LOOK_S)
+                deployment.look_for_greetings(client, _LOOK_S)
                 spans.look()
             ready_s = time.monotonic() - started_s
             _, completion = client.add([1, 2, 3, 4], SamplingParams(temperature=0.0, max_tokens=1))

@@ -34,7 +34,7 @@ def check_devices(request: DoctorRequest) -> Iterator[Finding]:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         devices = look_at_devices()
-        num_ranks, is_shared = request.num_ranks, request.config.parallel.allow_shared_gpu
+        num_ranks, is_shared = request.num_processes, request.config.parallel.allow_shared_gpu
         choose_device(request.config.runtime.device, num_ranks - 1, num_ranks, is_shared)
         yield from _look(request, devices)
     except ConfigError as error:
@@ -45,7 +45,7 @@ def check_devices(request: DoctorRequest) -> Iterator[Finding]:
 
 
 def _look(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Iterator[Finding]:
-    used = devices[: request.num_ranks]
+    used = devices[: request.num_processes]
     kinds = Counter((device.name, device.total) for device in used)
     text = ", ".join(f"{count} x {name} with {gib(total)}" for (name, total), count in kinds.items())
     details = {"devices": [asdict(device) for device in used]}
@@ -53,7 +53,7 @@ def _look(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Iterator[Fin
         fix = "set parallel.rank_weights: auto, so that each gets a share in proportion to its memory"
         yield warning(_NAME, f"{text}: unlike devices with equal shares", fix, **details)
     else:
-        yield ok(_NAME, f"{text} for {request.num_ranks} ranks; {len(devices)} visible", **details)
+        yield ok(_NAME, f"{text} for {request.num_processes} ranks; {len(devices)} visible", **details)
     yield _in_use(used)
     yield _compute(len(used))
 

@@ -82,7 +82,7 @@ def _cpus(request: DoctorRequest) -> Finding:
     """Compare the CPUs that may be used with the ranks and their threads."""
     allowed, quota = len(os.sched_getaffinity(0)), cpu_quota()
     usable = min(float(allowed), quota or allowed)
-    num_ranks = request.num_ranks
+    num_ranks = request.num_processes
     threads = request.config.runtime.num_threads or max(1, allowed // num_ranks)
     limit = "no cgroup quota" if quota is None else f"a cgroup quota of {quota:g} CPUs"
     text = f"{allowed} CPUs, {limit}, for {num_ranks} ranks with {threads} threads each"

@@ -62,9 +62,10 @@ def _judge_cuda(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
 
 def _judge_cpu(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
     ranks = [planned.ranks[rank] for rank in request.ranks]
-    weights = sum(rank.weight_bytes for rank in ranks)
-    blocks = sum(rank.kv_bytes_per_token * (planned.num_tokens or 0) for rank in ranks)
-    others = own_bytes(request) + _PROCESS_BYTES * (request.num_ranks + 1)
+    num_replicas = request.config.parallel.data_parallel_size
+    weights = num_replicas * sum(rank.weight_bytes for rank in ranks)
+    blocks = num_replicas * sum(rank.kv_bytes_per_token * (planned.num_tokens or 0) for rank in ranks)
+    others = num_replicas * own_bytes(request) + _PROCESS_BYTES * (request.num_processes + 1)
     needed, there = weights + blocks + others, available_bytes()
     text = (
         f"weights {gib(weights)}, KV blocks {gib(blocks)}, processes and what they share {gib(others)}:"

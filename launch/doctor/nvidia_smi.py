@@ -44,7 +44,7 @@ def check_driver(request: DoctorRequest) -> Iterator[Finding]:
         gpus = parse_gpus(_ask(request, f"--query-gpu={','.join(_QUERY)}", _FORMAT))
         yield _driver(gpus)
         used = used_gpus(len(gpus), [gpu.uuid for gpu in gpus], os.environ.get("CUDA_VISIBLE_DEVICES"))
-        used = used[: request.num_ranks]
+        used = used[: request.num_processes]
         apps = parse_rows(_ask(request, f"--query-compute-apps={','.join(_APPS)}", _FORMAT))
         yield _processes(apps, {gpus[index].uuid: index for index in used})
         if len(used) > 1:

@@ -36,6 +36,11 @@ class DoctorRequest:
         return len(self.ranks)
 
     @property
+    def num_processes(self) -> int:
+        """The ranks of this host in all replicas."""
+        return self.num_ranks * self.config.parallel.data_parallel_size
+
+    @property
     def ranks(self) -> range:
         """The numbers of the ranks of this host."""
         return self.config.ranks_of(self.config.hosts.node_rank)

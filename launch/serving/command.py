@@ -18,7 +18,7 @@ from launch.serving.tracing import check_tracing
 from launch.torchrun_options import with_torchrun_options
 from tprt.config import Config
 from tprt.log import configure_logging
-from tprt.server.engine_client import EngineClient
+from tprt.server.routed_client import RoutedClient
 from tprt.server.sampling_defaults import read_sampling_defaults
 
 
@@ -64,7 +64,7 @@ def _serve(config: Config) -> None:
         client.close()
 
 
-def _serve_until_signal(deployment: Deployment, client: EngineClient) -> None:
+def _serve_until_signal(deployment: Deployment, client: RoutedClient) -> None:
     """Watch the deployment until the first signal, and then until the server has drained.
 
     Raises:

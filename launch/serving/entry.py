@@ -18,11 +18,12 @@ import os
 import resource
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 from launch.checkpoint_tokenizer import open_tokenizer
 from launch.child import API_KEYS, LISTENER_FD, run_child
-from launch.run_dir import newest_heartbeats, read_config, request_address
+from launch.run_dir import newest_heartbeats, read_config, replica_dirs, request_address
 from launch.serving.http_server import serve
 from launch.serving.http_socket import url_of
 from launch.serving.record import ServerRecord, write_server
@@ -36,6 +37,7 @@ from tprt.server.http.app import make_app
 from tprt.server.http.context import ServerContext
 from tprt.server.http.drain_gate import DrainGate
 from tprt.server.metrics import ServerMetrics
+from tprt.server.no_lane import NoLane
 from tprt.server.sampling_defaults import read_sampling_defaults
 from tprt.transport.heartbeat import HeartbeatReader
 from tprt.transport.zmq_socket import RequestClient
@@ -48,31 +50,34 @@ _LAST_SPANS_S = 2.0
 def make_context(config: Config, run_dir: Path, api_keys: tuple[str, ...]) -> ServerContext:
     """Return what the handlers work with; the engine is not started."""
 
-    def open_heartbeats() -> HeartbeatReader | None:
-        path = newest_heartbeats(run_dir)
-        try:
-            return None if path is None else HeartbeatReader.open(path)
-        except TransportError:
-            # The ranks of that epoch have ended meanwhile.
-            return None
-
+    folders = replica_dirs(run_dir, config.parallel.data_parallel_size)
+    heartbeats = [partial(_open_heartbeats, folder) for folder in folders]
     folder = config.model.path
     model_name = config.server.served_model_name or Path(folder).resolve().name
     tokenizer = open_tokenizer(folder)
-    metrics = ServerMetrics(model_name, open_heartbeats)
-    lane = RequestClient.connect(request_address(run_dir))
+    metrics = ServerMetrics(model_name, heartbeats)
+    lanes = [RequestClient.connect(request_address(one)) if one.exists() else NoLane() for one in folders]
     return ServerContext(
         config=config,
-        engine=AsyncEngine(lane, tokenizer, config, metrics, open_heartbeats),
+        engine=AsyncEngine(lanes, tokenizer, config, metrics, heartbeats),
         tokenizer=tokenizer,
         metrics=metrics,
         model_name=model_name,
         created_s=int(time.time()),
         api_keys=api_keys,
-        heartbeats=open_heartbeats,
+        heartbeats=heartbeats,
         tracer=open_tracer(config.server, model_name),
         sampling_defaults=read_sampling_defaults(config.model),
     )
+
+
+def _open_heartbeats(run_dir: Path) -> HeartbeatReader | None:
+    path = newest_heartbeats(run_dir)
+    try:
+        return None if path is None else HeartbeatReader.open(path)
+    except TransportError:
+        # The ranks of that epoch have ended meanwhile.
+        return None
 
 
 async def serve_http(config: Config, run_dir: Path, listener: socket.socket, api_keys: tuple[str, ...]) -> None:

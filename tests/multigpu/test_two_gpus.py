@@ -87,3 +87,17 @@ def test_the_bench_measures_nccl_beside() -> None:
     assert ours is not None
     assert peers is not None
     assert 0 < ours < peers
+
+
+def test_each_replica_has_a_gpu_of_its_own_and_gives_the_same_tokens(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, TinyModel())
+    parallel = ParallelConfig(data_parallel_size=2)
+    config = make_config(tmp_path, device="cuda", num_blocks=256).model_copy(update={"parallel": parallel})
+    with LLM(config) as llm:
+        outputs = llm.generate(PROMPTS, greedy(6))
+        ranks = [Path(f"/proc/{llm.pids[f'replica {number} rank 0']}/environ") for number in range(2)]
+        seen = [dict(line.split("=", 1) for line in rank.read_text().split("\0") if line) for rank in ranks]
+    assert [output.outputs[0].token_ids for output in outputs] == [
+        reference_tokens(model, prompt, 6) for prompt in PROMPTS
+    ]
+    assert len({environment["CUDA_VISIBLE_DEVICES"] for environment in seen}) == 2

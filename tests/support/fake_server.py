@@ -216,6 +216,6 @@ def make_context(
         model_name=MODEL,
         created_s=int(time.time()),
         api_keys=api_keys,
-        heartbeats=lambda: None,
+        heartbeats=[lambda: None],
     )
     return engine, context

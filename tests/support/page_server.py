@@ -60,7 +60,7 @@ class PageServer:
         create_heartbeats(self.heartbeats, 2)
         self.ranks = [HeartbeatWriter.open(self.heartbeats, rank, epoch=1) for rank in range(2)]
         self._seconds_back = 0
-        self.metrics = ServerMetrics(MODEL, self._open_heartbeats, self._clock)
+        self.metrics = ServerMetrics(MODEL, [self._open_heartbeats], self._clock)
         self.words = ["An ", "answer ", "with <i>markup</i> ", "in ", "it."]
         self.pause_s = 0.01
         self.asked: list[dict[str, object]] = []
@@ -72,7 +72,7 @@ class PageServer:
             model_name=MODEL,
             created_s=int(time.time()) - 75,
             api_keys=api_keys,
-            heartbeats=self._open_heartbeats,
+            heartbeats=[self._open_heartbeats],
         )
         self.app = FastAPI(openapi_url=None)
         self.app.include_router(make_page_router(context))
@@ -96,7 +96,7 @@ class PageServer:
 
     def generate(self, num_tokens: int) -> None:
         """Count a request of that many tokens."""
-        request = self.metrics.begin(20, SamplingParams())
+        request = self.metrics.begin(0, 20, SamplingParams())
         for _ in range(num_tokens):
             request.on_tokens(1)
         request.on_end("stop")
@@ -106,7 +106,7 @@ class PageServer:
         assert self.engine.stats is not None
         for self._seconds_back in range(num_seconds, 0, -1):
             self.generate(10)
-            self.metrics.set_engine(self.engine.stats)
+            self.metrics.set_engine(0, self.engine.stats)
         self._seconds_back = 0
 
     def _clock(self) -> float:

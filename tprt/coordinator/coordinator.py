@@ -70,6 +70,8 @@ class Coordinator:
         self._replacement = Replacement(keeper, supervision)
         # Steps that the ranks have and have not answered.
         self._sent: deque[StepInput] = deque()
+        # Clients that hear of failed ranks, and of those that took their place.
+        self._greeted: set[bytes] = set()
         self._shutdown: Shutdown | None = None
         self._scheduler: Scheduler
 
@@ -180,6 +182,7 @@ class Coordinator:
         Raises:
             EngineDeadError: they are not replaced.
         """
+        self._tell_greeted(describe(self._scheduler, False, time.monotonic_ns()))
         while True:
             cause = self._replacement.settle(self._group.epoch, noticed)
             self._start_next_group(cause)
@@ -219,11 +222,10 @@ class Coordinator:
             for key in self._scheduler.resize(num_blocks):
                 self._fail_request(key, f"the ranks were replaced and have {num_blocks} KV blocks now: too few")
         self._announce_ready()
+        self._tell_greeted(greet(self._scheduler, self._group.world_size))
         num_unfinished = len(self._scheduler.unfinished_keys())
-        _LOG.warning(
-            "the ranks are ready again after %.1f s; %d requests go on",
-            *(time.monotonic() - started_s, num_unfinished),
-        )
+        waited_s = time.monotonic() - started_s
+        _LOG.warning("the ranks are ready again after %.1f s; %d requests go on", waited_s, num_unfinished)
 
     def _announce_ready(self) -> None:
         self._group.begin_serving()
@@ -251,6 +253,7 @@ class Coordinator:
         elif isinstance(message, AbortRequest):
             self._scheduler.abort(RequestKey(client_id, message.request_id))
         elif isinstance(message, Hello):
+            self._greeted.add(client_id)
             self._send(client_id, greet(self._scheduler, self._group.world_size))
         elif isinstance(message, GetStats):
             self._send(client_id, describe(self._scheduler, self._group.is_ready, time.monotonic_ns()))
@@ -265,11 +268,16 @@ class Coordinator:
         except InvalidRequestError as error:
             self._send(client_id, RequestFailed(request.request_id, str(error)))
 
+    def _tell_greeted(self, message: Message) -> None:
+        for client_id in list(self._greeted):
+            self._send(client_id, message)
+
     def _send(self, client_id: bytes, message: Message) -> None:
         """Send to one client; the requests of one that is gone are aborted."""
         try:
             self._clients.send(client_id, encode(message))
         except PeerLostError:
+            self._greeted.discard(client_id)
             keys = [key for key in self._unfinished() if key.client_id == client_id]
             _LOG.info("client %s is gone; %d of its requests are aborted", client_id.hex(), len(keys))
             for key in keys:

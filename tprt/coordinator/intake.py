@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+import numpy as np
+
 from tprt.coordinator.grammar import GrammarCompiler
 from tprt.coordinator.limits import SchedulerLimits, check_request
 from tprt.coordinator.logit_adjuster import make_adjuster
@@ -35,14 +37,16 @@ class Intake:
             InvalidRequestError: it could never be served within `limits`, or its grammar cannot be used.
         """
         check_request(request, limits, self._vocab_size)
-        sampling, tokens = request.sampling, request.prompt_token_ids
+        sampling, prompt, output = request.sampling, request.prompt_token_ids, request.output_token_ids
         return Sequence(
             key=key,
             request_id=request.request_id,
             sampling=sampling,
             seed=self._draw_seed() if sampling.seed is None else sampling.seed,
-            prompt_len=len(tokens),
-            token_ids=tokens,
+            prompt_len=len(prompt),
+            token_ids=np.concatenate([prompt, output]) if len(output) else prompt,
             arrived_ns=arrived_ns,
             adjuster=make_adjuster(request, self._eos_token_ids, self._grammars),
+            # Whoever has tokens of the output has been told of the whole prompt before.
+            num_scored=len(prompt) - 1 if len(output) else 0,
         )

@@ -76,7 +76,8 @@ def check_request(request: AddRequest, limits: SchedulerLimits, vocab_size: int)
         InvalidRequestError: says what was found, what is possible and what to change.
     """
     _check_prompt_tokens(request.prompt_token_ids, vocab_size)
-    _check_prompt_length(len(request.prompt_token_ids), limits)
+    # Tokens of the output that are there already are computed as those of the prompt.
+    _check_prompt_length(len(request.prompt_token_ids) + len(request.output_token_ids), limits)
     _check_stop_token_ids(request.sampling, vocab_size)
     _check_logit_bias(request.sampling, vocab_size)
 

@@ -26,16 +26,27 @@ class FinishReason(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Client to coordinator: tell me when you are ready (answered by `EngineReady`)."""
+    """Client to coordinator: tell me when you are ready (answered by `EngineReady`), and when that changes.
+
+    When ranks fail, whoever has said hello gets `EngineStats` that say so, and `EngineReady` of the next group.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Client to coordinator: generate from `prompt_token_ids` `[P]`; `request_id` is the client's own."""
+    """Client to coordinator: generate a continuation.
+
+    Attributes:
+        request_id: the client's own.
+        prompt_token_ids: `[P]` what to continue.
+        sampling: how.
+        output_token_ids: `[n]` the first tokens of the output, where the client has them from another engine.
+    """
 
     request_id: int
     prompt_token_ids: Int32Array
     sampling: SamplingParams
+    output_token_ids: Int32Array = field(default_factory=lambda: NO_INT32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,15 @@
 """The engine for tasks of an event loop: requests in, a stream of news for each.
 
-One callback takes in what has come for all streams, as `EngineClient` does for a program that waits; no task is
+One callback takes in what has come for all streams, as `RoutedClient` does for a program that waits; no task is
 made for a token. All of it belongs to the thread of the loop. Ranks that are replaced are a pause. Knows
-nothing of HTTP and of how the coordinator was started.
+nothing of HTTP and of how the coordinators were started.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 from typing import Protocol
@@ -18,79 +19,73 @@ from tprt.errors import EngineBusyError, EngineDeadError, TprtError, TransportEr
 from tprt.messages import EngineReady, EngineStats, SamplingParams
 from tprt.server.admission import Admission
 from tprt.server.completion import Completion
-from tprt.server.engine_client import EngineClient, RequestLane
-from tprt.server.engine_health import EngineSigns, judge
+from tprt.server.engine_totals import add_up
+from tprt.server.replica_router import ReplicaRouter, ReplicaState
+from tprt.server.replica_watch import Heartbeats, ReplicaWatch
 from tprt.server.request_stream import Delta, RequestMeter, RequestStream
+from tprt.server.routed_client import ReplicaLane, RoutedClient
 from tprt.server.tokenizer import Tokenizer
-from tprt.transport.heartbeat import HeartbeatReader
 
-__all__ = ["AsyncEngine", "AsyncRequestLane", "Delta", "EngineMeter", "RequestStream"]
+__all__ = ["AsyncEngine", "Delta", "EngineMeter", "ReplicaView", "RequestStream"]
 
 _STATS_S = 1.0
-
-
-class AsyncRequestLane(RequestLane, Protocol):
-    """What the engine needs of its connection: see `tprt.transport.zmq_socket.RequestClient`."""
-
-    @property
-    def loss(self) -> str | None: ...
-
-    def filenos(self) -> tuple[int, ...]: ...
 
 
 class EngineMeter(Protocol):
     """Who counts requests and their tokens."""
 
-    def begin(self, num_prompt_tokens: int, sampling: SamplingParams) -> RequestMeter:
+    def begin(self, replica: int, num_prompt_tokens: int, sampling: SamplingParams) -> RequestMeter:
         """Take note of a request."""
 
-    def set_engine(self, stats: EngineStats) -> None:
-        """Take note of how the engine does."""
+    def set_engine(self, replica: int, stats: EngineStats) -> None:
+        """Take note of how a replica does."""
 
 
-def _no_heartbeats() -> HeartbeatReader | None:
-    return None
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica at one moment: whether it can take requests, whether it is well and why, and its stats."""
+
+    state: ReplicaState
+    is_well: bool
+    reason: str
+    stats: EngineStats | None
 
 
 class AsyncEngine:
-    """The requests of one server.
-
-    Attributes:
-        ready: what the engine has said of itself; None until all ranks were ready for the first time.
-    """
+    """The requests of one server."""
 
     def __init__(
         self,
-        lane: AsyncRequestLane,
+        lanes: Sequence[ReplicaLane],
         tokenizer: Tokenizer | None,
         config: Config,
         meter: EngineMeter,
-        heartbeats: Callable[[], HeartbeatReader | None] = _no_heartbeats,
+        heartbeats: Sequence[Heartbeats] = (),
     ) -> None:
         """Assign only; `start` begins.
 
         Args:
-            lane: the connection to the coordinator; the engine closes it.
+            lanes: the connection to the coordinator of each replica; the engine closes them.
             tokenizer: None where the checkpoint has none.
             config: the deployment.
             meter: counts requests and tokens.
-            heartbeats: opens what the ranks say of themselves.
+            heartbeats: opens what the ranks of each replica say of themselves; none: nothing does.
         """
-        self.ready: EngineReady | None = None
-        self._lane = lane
-        self._client = EngineClient(lane, tokenizer, self._on_news)
+        num_replicas, cache = len(lanes), config.cache
+        router = ReplicaRouter(num_replicas, cache.block_size, cache.enable_prefix_caching and num_replicas > 1)
+        self._lanes = lanes
+        self._client = RoutedClient(lanes, tokenizer, router, self._on_news)
         self._config = config
         self._meter = meter
-        self._heartbeats = heartbeats
-        self._admission = Admission(config.scheduler.max_num_seqs, config.server.max_queued_requests)
+        self._admission = Admission(
+            num_replicas * config.scheduler.max_num_seqs, config.server.max_queued_requests
+        )
         self._streams: dict[int, RequestStream] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._failure: str | None = None
-        self._asked_s: float | None = None
-        self._heard_s = self._output_s = monotonic()
-        self._num_news = 0
-        self._seen_stats: EngineStats | None = None
-        self._filenos: tuple[int, ...] = ()
+        opens = heartbeats or [lambda: None] * num_replicas
+        self._watches = [ReplicaWatch(one, monotonic()) for one in opens]
+        self._filenos: list[tuple[int, ...]] = []
         self._tick_timer: asyncio.TimerHandle | None = None
         self._will_look = False
         self._was_greeted = asyncio.Event()
@@ -99,21 +94,29 @@ class AsyncEngine:
     def start(self) -> None:
         """Begin to take in what comes, in the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._filenos = self._lane.filenos()
-        for fd in self._filenos:
-            self._loop.add_reader(fd, self._take_in)
+        self._filenos = [lane.filenos() for lane in self._lanes]
+        for fds in self._filenos:
+            for fd in fds:
+                self._loop.add_reader(fd, self._take_in)
         self._client.hello()
         self._look_soon()
         self._tick()
 
     async def wait_until_ready(self) -> None:
-        """Return once all ranks were ready."""
+        """Return once all ranks of a replica were ready."""
         await self._was_greeted.wait()
 
     @property
+    def ready(self) -> EngineReady | None:
+        """What a replica has said of itself, that with the fewest KV blocks; None until one was ready."""
+        greetings = [watch.ready for watch in self._watches if watch.ready is not None]
+        return min(greetings, key=lambda ready: ready.num_blocks, default=None)
+
+    @property
     def stats(self) -> EngineStats | None:
-        """What the engine has said last of how it does; asked once a second."""
-        return self._seen_stats
+        """What the replicas have said last of how they do, together; asked once a second."""
+        known = [watch.stats for watch in self._watches if watch.stats is not None]
+        return add_up(known) if known else None
 
     @property
     def num_running(self) -> int:
@@ -139,7 +142,7 @@ class AsyncEngine:
         if not self._admission.has_place(self.num_running):
             raise self._busy(f"{self.num_running} requests are in the engine")
         number, completion = self._client.add(prompt_token_ids, sampling)
-        meter = self._meter.begin(len(prompt_token_ids), sampling)
+        meter = self._meter.begin(self._client.replica_of(number), len(prompt_token_ids), sampling)
         stream = RequestStream(request_id, completion, meter, partial(self._abort, number))
         self._streams[number] = stream
         timeout_s = self._config.server.request_timeout_s
@@ -149,19 +152,27 @@ class AsyncEngine:
         return stream
 
     def is_healthy(self) -> tuple[bool, str]:
-        """Tell whether the engine makes progress, and why that is said."""
-        waits = [stream.started_s for stream in self._streams.values()]
-        waits += [] if self._asked_s is None else [self._asked_s]
-        signs = EngineSigns(
-            now_s=monotonic(),
-            is_dead=self._failure is not None,
-            is_ready=self.ready is not None,
-            is_replacing=self._seen_stats is not None and not self._seen_stats.is_serving,
-            waiting_since_s=min(waits, default=None),
-            progress_s=max(self._output_s, self._last_step_s()),
-            beat_s=self._last_beat_s() if waits else 0.0,
-        )
-        return judge(signs, self._config.supervision.stall_timeout_s)
+        """Tell whether the engine makes progress, and why that is said; one replica that does will do."""
+        views = self.replicas()
+        if len(views) == 1:
+            return views[0].is_well, views[0].reason
+        unwell = [f"replica {number}: {one.reason}" for number, one in enumerate(views) if not one.is_well]
+        if not unwell:
+            number = next((n for n, one in enumerate(views) if one.state is not ReplicaState.SERVING), 0)
+            return True, views[number].reason
+        return len(unwell) < len(views), "; ".join(unwell)
+
+    def replicas(self) -> list[ReplicaView]:
+        """Return how each replica does."""
+        started_s: list[list[float]] = [[] for _ in self._watches]
+        for number, stream in self._streams.items():
+            started_s[self._client.replica_of(number)].append(stream.started_s)
+        timeout_s = self._config.supervision.stall_timeout_s
+        views = []
+        for number, (watch, starts) in enumerate(zip(self._watches, started_s, strict=True)):
+            is_well, reason = watch.judge(starts, monotonic(), timeout_s)
+            views.append(ReplicaView(self._client.state(number), is_well, reason, watch.stats))
+        return views
 
     def abort_all(self) -> None:
         """End every request with what it has; its reader gets that, with finish reason `abort`."""
@@ -171,10 +182,9 @@ class AsyncEngine:
     def close(self) -> None:
         """End every request and let go of the lane; idempotent. What still reads gets an EngineDeadError."""
         self._die("the server has ended")
-        self._lane.close()
+        self._client.close()
 
     def _on_news(self, number: int) -> None:
-        self._num_news += 1
         stream = self._streams.get(number)
         if stream is not None:
             stream.on_news()
@@ -218,66 +228,60 @@ class AsyncEngine:
         self._will_look = False
         if self._failure is not None:
             return
-        num_news = self._num_news
         try:
-            ready = self._client.poll(0.0)
+            greetings = self._client.poll(0.0)
         except (EngineDeadError, TransportError) as error:
             self._die(str(error))
             return
-        if self._num_news != num_news:
-            self._output_s = monotonic()
-        if ready is not None:
-            self.ready = ready
+        for number, ready in greetings.items():
+            self._watches[number].ready = ready
             self._was_greeted.set()
-        if self._client.stats is not self._seen_stats:
-            self._take_stats(self._client.stats)
-        if self._lane.loss is not None:
-            self._die("the coordinator has ended")
+        now_s = monotonic()
+        for number, (watch, engine) in enumerate(zip(self._watches, self._client.engines, strict=True)):
+            watch.take_news(engine.num_news, now_s)
+            if engine.stats is not None and engine.stats is not watch.stats and not watch.is_dead:
+                watch.take_stats(engine.stats, now_s)
+                self._take_stats(number, engine.stats)
+        for number in self._newly_lost():
+            self._forget_replica(number)
 
-    def _take_stats(self, stats: EngineStats | None) -> None:
-        assert stats is not None
-        self._seen_stats = stats
-        self._asked_s = None
-        self._heard_s = monotonic()
-        self._meter.set_engine(stats)
+    def _newly_lost(self) -> list[int]:
+        return [number for number in self._client.losses if not self._watches[number].is_dead]
+
+    def _forget_replica(self, number: int) -> None:
+        self._watches[number].end()
+        # Nobody reads what they signal from now on, and they would signal for ever.
+        for fd in self._filenos[number]:
+            self._loop.remove_reader(fd)
+        if (stats := self._watches[number].stats) is not None:
+            self._meter.set_engine(number, stats)
+
+    def _take_stats(self, number: int, stats: EngineStats) -> None:
+        self._meter.set_engine(number, stats)
         # Ranks that took the place of others may have another number of KV blocks.
-        if self.ready is not None and stats.is_serving and stats.epoch != self.ready.epoch:
-            self._client.hello()
+        ready = self._watches[number].ready
+        if ready is not None and stats.is_serving and stats.epoch != ready.epoch:
+            self._client.engines[number].hello()
 
     def _tick(self) -> None:
-        """Ask how the engine does, unless it has not answered yet."""
-        if self.ready is not None and self._asked_s is None:
-            self._asked_s = monotonic()
-            self._client.ask_for_stats()
-        # Also a net below the lane's signals, which are edges.
+        """Ask how each replica does, unless it has not answered yet."""
+        for number, (watch, engine) in enumerate(zip(self._watches, self._client.engines, strict=True)):
+            if watch.ready is not None and watch.asked_s is None and number not in self._client.losses:
+                watch.asked_s = monotonic()
+                engine.ask_for_stats()
+        # Also a net below the lanes' signals, which are edges.
         self._look_soon()
         self._tick_timer = self._loop.call_later(_STATS_S, self._tick)
-
-    def _last_step_s(self) -> float:
-        """Return when a step has ended last, as far as is known; 0 when none has."""
-        stats = self._seen_stats
-        if stats is None or not (stats.num_steps or not stats.is_serving):
-            return 0.0
-        # While new ranks start there are no steps, and the coordinator, which answers, has a deadline for them.
-        return self._heard_s - (stats.last_step_s if stats.is_serving else 0.0)
-
-    def _last_beat_s(self) -> float:
-        try:
-            reader = self._heartbeats()
-        except TransportError:
-            return 0.0
-        if reader is None:
-            return 0.0
-        last_ns = reader.last_change_ns()
-        reader.close()
-        return last_ns / 1e9
 
     def _die(self, cause: str) -> None:
         if self._failure is not None:
             return
         self._failure = cause
-        for fd in self._filenos:
-            self._loop.remove_reader(fd)
+        for watch in self._watches:
+            watch.end()
+        for fds in self._filenos:
+            for fd in fds:
+                self._loop.remove_reader(fd)
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         error: TprtError = EngineDeadError(cause)

@@ -46,7 +46,8 @@ class Completion:
         queue_s: how long it waited in the engine before it first ran; None before its first token.
         logprobs: one entry per token when asked for.
         prompt_parts: what has come of the prompt when it was asked for, all before the first token.
-        error: why it was refused, if it was.
+        error: why it was refused or lost, if it was.
+        was_lost: the engine has failed it, and the request itself may be served by another.
     """
 
     prompt_token_ids: list[int]
@@ -59,6 +60,7 @@ class Completion:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_parts: list[PromptLogprobs] = field(default_factory=list)
     error: str | None = None
+    was_lost: bool = False
     _stream: TextStream | None = None
     _stops: StopStrings | None = None
     _released: list[str] = field(default_factory=list)
@@ -118,6 +120,10 @@ class Completion:
         if self.finish_reason is None:
             self._release()
             self.finish_reason = FINISH_NAMES[reason]
+
+    def lose(self, cause: str) -> None:
+        """End the completion, whose engine has failed of `cause`."""
+        self.error, self.was_lost = cause, True
 
     def _take(self, piece: str) -> None:
         """Look for stop strings in the next piece of text, and release what is before them."""

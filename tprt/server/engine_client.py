@@ -1,12 +1,12 @@
-"""The client side of the coordinator's request lane: sends requests, keeps their completions up to date.
+"""The client side of a coordinator's request lane: sends requests, keeps their completions up to date.
 
-One client serves one thread. Knows nothing of HTTP and of how the coordinator was started.
+One client serves one thread. Knows nothing of HTTP, of other replicas and of how the coordinator was started.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +34,8 @@ from tprt.transport.channel import Buffer
 from tprt.transport.codec import decode, encode
 
 _NOT_FINISHED = int(FinishReason.NONE)
+# Outputs end long before most of what max_tokens allows.
+_MAX_TO_COME = 256
 
 
 class RequestLane(Protocol):
@@ -54,11 +56,17 @@ class EngineClient:
     """Requests in flight over one lane, by the ids that this client gave them.
 
     Attributes:
-        stats: what the engine has answered last to `ask_for_stats`.
+        stats: what the engine has said last of how it does.
+        num_received: messages that have come.
+        num_news: those of them that were about requests.
     """
 
     def __init__(
-        self, lane: RequestLane, tokenizer: Tokenizer | None, on_news: Callable[[int], None] = _ignore
+        self,
+        lane: RequestLane,
+        tokenizer: Tokenizer | None,
+        on_news: Callable[[int], None] = _ignore,
+        ids: Iterator[int] | None = None,
     ) -> None:
         """Assign only.
 
@@ -67,18 +75,28 @@ class EngineClient:
             tokenizer: turns tokens into text; None where the checkpoint has none.
             on_news: called by `poll` for each token, end or refusal, with the request's id; its completion has
                 been brought up to date.
+            ids: where the requests get their ids from; none: they are counted.
         """
         self.stats: EngineStats | None = None
+        self.num_received = self.num_news = 0
         self._lane = lane
         self._tokenizer = tokenizer
         self._on_news = on_news
-        self._ids = itertools.count()
+        self._ids = itertools.count() if ids is None else ids
         self._running: dict[int, Completion] = {}
 
     @property
     def num_running(self) -> int:
         """Requests that have not ended."""
         return len(self._running)
+
+    @property
+    def load(self) -> int:
+        """Tokens of the requests that have not ended: prompt, output so far and, up to a bound, what may come.
+
+        Without the last a replica that is slow, and so has few tokens, would seem idle.
+        """
+        return sum(_tokens_of(completion) for completion in self._running.values())
 
     def hello(self) -> None:
         """Ask to be told when the engine is ready."""
@@ -92,17 +110,42 @@ class EngineClient:
         """Send a request; `poll` brings its tokens.
 
         Raises:
-            InvalidRequestError: a stop string was given, and there is no tokenizer to find it with.
+            InvalidRequestError: see `check`.
         """
-        if sampling.stop and self._tokenizer is None:
-            raise InvalidRequestError("stop strings need a tokenizer, and this checkpoint has none")
-        if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < 2**31:
-            raise InvalidRequestError("prompt token ids must be from 0 to the size of the vocabulary")
+        self.check(prompt_token_ids, sampling)
         request_id = next(self._ids)
         completion = Completion(prompt_token_ids, sampling)
         self._running[request_id] = completion
         self._send(AddRequest(request_id, np.array(prompt_token_ids, np.int32), sampling))
         return request_id, completion
+
+    def check(self, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+        """Refuse what cannot be sent.
+
+        Raises:
+            InvalidRequestError: a stop string was given, and there is no tokenizer to find it with; or a token
+                id cannot be one.
+        """
+        if sampling.stop and self._tokenizer is None:
+            raise InvalidRequestError("stop strings need a tokenizer, and this checkpoint has none")
+        if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < 2**31:
+            raise InvalidRequestError("prompt token ids must be from 0 to the size of the vocabulary")
+
+    def hand_over(self) -> dict[int, Completion]:
+        """Return the requests that have not ended, by id, and know nothing of them any more."""
+        running, self._running = self._running, {}
+        return running
+
+    def take_over(self, request_id: int, completion: Completion) -> None:
+        """Go on with a request that another client has handed over, from the tokens that it has."""
+        self._running[request_id] = completion
+        if not completion.token_ids:
+            # The prompt is scored again, from its beginning.
+            completion.prompt_parts.clear()
+        prompt, output = (
+            np.array(ids, np.int32) for ids in (completion.prompt_token_ids, completion.token_ids)
+        )
+        self._send(AddRequest(request_id, prompt, completion.sampling, output))
 
     def abort(self, request_id: int) -> None:
         """Give the request up; it ends with finish reason `abort`."""
@@ -123,6 +166,7 @@ class EngineClient:
         ready = None
         payload = self._lane.receive(timeout_s)
         while payload is not None:
+            self.num_received += 1
             message = decode(payload)
             if isinstance(message, EngineReady):
                 ready = message
@@ -143,6 +187,7 @@ class EngineClient:
         self._lane.send(encode(message))
 
     def _take(self, message: Message) -> None:
+        self.num_news += isinstance(message, RequestOutput | RequestFailed | PromptLogprobs)
         if isinstance(message, RequestFailed):
             completion = self._running.pop(message.request_id, None)
             if completion is not None:
@@ -192,6 +237,12 @@ class EngineClient:
             self._send(AbortRequest(request_id))
         completion.finish(reason, self._tokenizer)
         del self._running[request_id]
+
+
+def _tokens_of(completion: Completion) -> int:
+    num_tokens = len(completion.token_ids)
+    to_come = min(completion.sampling.max_tokens - num_tokens, _MAX_TO_COME)
+    return len(completion.prompt_token_ids) + num_tokens + to_come
 
 
 def _logprobs(output: RequestOutput, row: int, num_top: int) -> TokenLogprobs:

@@ -31,3 +31,8 @@ class Histogram:
         """Count `value`, `times` over."""
         self.counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
+
+    def merge(self, other: Histogram) -> None:
+        """Count what `other`, of the same bounds, has counted."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum

@@ -2,16 +2,16 @@
 
 The cost of a request at a replica, in tokens:
 
-    load + COMPUTE_WEIGHT * (tokens to compute + tokens that do not fit)
+    load + COMPUTE_WEIGHT * tokens to compute
 
-* load: tokens of the replica's unfinished requests, prompt and output so far, those that wait included.
+* load: tokens of the replica's unfinished requests, those that wait included: the prompt, the output so far
+  and, up to a bound, what may still come.
 * tokens to compute: those of the prompt that are not in the replica's prefix cache.
-* tokens that do not fit: by how much load and prompt exceed the replica's KV blocks; they wait for others.
 
 So a request goes where its prefix is, until that replica is busier than another one by `COMPUTE_WEIGHT` times
-the tokens that the prefix saves; then the prefix is computed there as well, and both have it. Of equal
-replicas the one is taken that was taken longest ago. A replica whose ranks are being replaced is taken only
-when no other serves, and one that is lost never.
+the tokens that the prefix saves, which is about as many more requests with that prefix; then it is computed
+there as well, and both have it. Of equal replicas the one is taken that was taken longest ago. A replica whose
+ranks are being replaced is taken only when no other serves, and one that is lost never.
 
 Sources. The form is that of NVIDIA Dynamo's KV-aware router, which adds weighted prefill blocks and active
 decode blocks. SGLang's cache-aware router goes by the longest prefix until queue lengths differ by more than
@@ -58,7 +58,6 @@ class ReplicaState(Enum):
 @dataclass(slots=True)
 class _Replica:
     state: ReplicaState = ReplicaState.STARTING
-    num_kv_tokens: int = 0
     turn: int = 0
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
 
@@ -87,7 +86,6 @@ class ReplicaRouter:
         """Note that a replica is ready, with `num_blocks` KV blocks that hold nothing yet."""
         known = self._replicas[replica]
         known.state = ReplicaState.SERVING
-        known.num_kv_tokens = num_blocks * self._block_size
         known.prefixes.resize(num_blocks if self._caches_prefixes else 0)
 
     def is_replaced(self, replica: int) -> None:
@@ -106,7 +104,7 @@ class ReplicaRouter:
         Args:
             hashes: of the prompt's full blocks, from `hash_tokens`.
             num_tokens: of the prompt.
-            loads: tokens of the unfinished requests of each replica.
+            loads: `EngineClient.load` of each replica.
         """
         replica = min(self._candidates(), key=lambda one: self._cost(one, hashes, num_tokens, loads[one]))
         self._turn += 1
@@ -139,5 +137,4 @@ class ReplicaRouter:
         known = self._replicas[replica]
         # The last token of a prompt is computed in any case.
         num_cached = min(known.prefixes.count_known(hashes) * self._block_size, num_tokens - 1)
-        num_too_many = max(0, load + num_tokens - known.num_kv_tokens) if known.num_kv_tokens else 0
-        return load + COMPUTE_WEIGHT * (num_tokens - num_cached + num_too_many), known.turn
+        return load + COMPUTE_WEIGHT * (num_tokens - num_cached), known.turn

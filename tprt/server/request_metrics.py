@@ -31,7 +31,7 @@ _NUM_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in 
 
 
 class RequestTotals:
-    """The sums over all requests since the start.
+    """The sums over all requests of a replica, or of all replicas, since the start.
 
     Attributes:
         num_open: requests that have begun and not ended.
@@ -53,6 +53,17 @@ class RequestTotals:
         self.request_s, self.decode_s = Histogram(_REQUEST_S), Histogram(_REQUEST_S)
         self.prompt_tokens, self.generated_tokens = Histogram(_NUM_TOKENS), Histogram(_NUM_TOKENS)
         self.max_tokens = Histogram(_NUM_TOKENS)
+
+    def merge(self, other: RequestTotals) -> None:
+        """Add what `other` has counted."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(mine, Histogram):
+                mine.merge(value)
+            elif isinstance(mine, Counter):
+                mine.update(value)
+            else:
+                setattr(self, name, mine + value)
 
 
 class RequestMetrics:

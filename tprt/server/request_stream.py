@@ -13,7 +13,7 @@ from time import monotonic
 from types import TracebackType
 from typing import Protocol
 
-from tprt.errors import InvalidRequestError, TprtError
+from tprt.errors import EngineDeadError, InvalidRequestError, TprtError
 from tprt.server.completion import Completion, FinishName, TokenLogprobs
 
 
@@ -101,7 +101,8 @@ class RequestStream:
             if self._end_was_read:
                 raise StopAsyncIteration
             if self.completion.error is not None:
-                raise InvalidRequestError(self.completion.error)
+                lost = self.completion.was_lost
+                raise (EngineDeadError if lost else InvalidRequestError)(self.completion.error)
             if self._failure is not None:
                 raise self._failure
             await self._wait()

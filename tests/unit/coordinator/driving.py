@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,12 +22,15 @@ def make(**changes: object) -> Scheduler:
     return Scheduler(dataclasses.replace(LIMITS, **changes), (EOS,), 1000, draw_seed=lambda: 77)  # type: ignore[arg-type]
 
 
-def add(scheduler: Scheduler, key: str, prompt: int | list[int], **sampling: object) -> None:
-    """Add a request; a prompt given as a number is that many tokens of its own."""
+def add(
+    scheduler: Scheduler, key: str, prompt: int | list[int], output: Sequence[int] = (), **sampling: object
+) -> None:
+    """Add a request; a prompt given as a number is that many tokens of its own, `output` is there already."""
     if isinstance(prompt, int):
         prompt = [100 * (ord(key[-1]) - ord("a") + 1) % 900 + 3 + i for i in range(prompt)]
     params = SamplingParams(**sampling)  # type: ignore[arg-type]
-    scheduler.add(key, AddRequest(0, np.array(prompt, np.int32), params))
+    tokens, known = np.array(prompt, np.int32), np.array(output, np.int32)
+    scheduler.add(key, AddRequest(0, tokens, params, known))
 
 
 def answer(scheduler: Scheduler, step: StepInput, token_id: int = 50) -> StepResult:

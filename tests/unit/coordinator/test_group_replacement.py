@@ -44,6 +44,21 @@ def has_prompt_of(step: StepInput, length: int) -> bool:
     return bool(np.any(step.context_lens[step.num_decodes :] == length))
 
 
+def test_whoever_has_said_hello_hears_that_ranks_have_failed_and_that_others_are_ready(make: Make) -> None:
+    engine = make()
+    engine.keeper.dies = lambda epoch, step: epoch == 0 and step.step == 4
+    greeted, stranger = engine.start().client(), engine.client()
+    greeted.send(Hello())
+    greeted.wait(lambda: bool(greeted.ready))
+    stranger.add(1, max_tokens=10)
+    stranger.wait(lambda: 1 in stranger.reasons)
+    greeted.wait(lambda: len(greeted.ready) == 2)
+    assert [ready.epoch for ready in greeted.ready] == [0, 1]
+    assert [(stats.epoch, stats.is_serving) for stats in greeted.stats] == [(0, False)]
+    assert not stranger.ready
+    assert not stranger.stats
+
+
 def test_a_request_goes_on_in_the_next_epoch_from_its_last_token(make: Make) -> None:
     engine = make()
     engine.keeper.dies = lambda epoch, step: epoch == 0 and step.step == 4

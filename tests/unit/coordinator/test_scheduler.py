@@ -6,6 +6,7 @@ import pytest
 
 from tests.unit.coordinator.driving import EOS, LIMITS, add, answer, make, run, schedule
 from tprt.coordinator.scheduler import Scheduler
+from tprt.errors import InvalidRequestError
 from tprt.messages import FinishReason
 
 
@@ -142,3 +143,32 @@ def test_generation_ends_where_all_blocks_together_end() -> None:
     reasons = [run(scheduler).finish_reasons[0] for _ in range(3)]
     assert reasons == [FinishReason.NONE, FinishReason.NONE, FinishReason.LENGTH]
     assert scheduler.num_free_blocks == 2
+
+
+def test_a_request_that_has_tokens_of_its_output_goes_on_from_them() -> None:
+    scheduler = make()
+    add(scheduler, "a", 5, output=[60, 61], max_tokens=4, prompt_logprobs=0)
+    step = schedule(scheduler)
+    assert step.token_ids[-2:].tolist() == [60, 61]
+    assert step.context_lens.tolist() == [7]
+    assert len(step.prompt_rows) == 0, "the prompt was scored before its output began"
+    assert answer(scheduler, step).finish_reasons.tolist() == [FinishReason.NONE]
+    assert run(scheduler).finish_reasons.tolist() == [FinishReason.LENGTH], "4 tokens of output, 2 of them new"
+
+
+def test_penalties_and_the_shortest_output_count_the_tokens_that_are_there_already() -> None:
+    scheduler = make()
+    add(scheduler, "a", 5, output=[60, 60], presence_penalty=1.0, frequency_penalty=0.5, min_tokens=3)
+    whole = make()
+    add(whole, "a", 5, presence_penalty=1.0, frequency_penalty=0.5, min_tokens=3)
+    run(whole, 60)
+    run(whole, 60)
+    resumed, expected = schedule(scheduler), schedule(whole)
+    for column in ("penalty_token_ids", "penalty_output_counts", "bias_token_ids", "bias_values"):
+        assert getattr(resumed, column).tolist() == getattr(expected, column).tolist() != []
+
+
+def test_output_that_is_there_already_must_leave_room_for_more() -> None:
+    scheduler = make()
+    with pytest.raises(InvalidRequestError, match="64 tokens"):
+        add(scheduler, "a", 60, output=[7, 8, 9, 10])

@@ -63,6 +63,14 @@ def test_fewer_devices_than_ranks_are_named_and_the_memory_is_predicted_all_the_
     assert rows["devices"].fix.startswith("lower parallel.tensor_parallel_size")
 
 
+def test_the_ranks_of_all_replicas_need_a_device_each(see: See) -> None:
+    two = {"data_parallel_size": 2}
+    assert see([FREE, FREE, FREE], 2, parallel=two)["devices"].verdict is Verdict.BAD
+    rows = see([FREE, FREE, FREE, FREE], 2, parallel=two)
+    assert rows["devices"].found == "4 x NVIDIA H100 with 80.00 GiB for 4 ranks; 4 visible"
+    assert rows["computing"].found == "on 4"
+
+
 def test_ranks_that_may_share_a_device_get_a_part_of_it(see: See) -> None:
     rows = see([FREE], 2, parallel={"allow_shared_gpu": True})
     assert rows["devices"].verdict is Verdict.OK

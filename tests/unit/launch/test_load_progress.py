@@ -25,7 +25,7 @@ def test_a_json_log_has_the_bytes_of_every_rank_as_they_come(
 ) -> None:
     monkeypatch.setattr(load_progress, "_BETWEEN_RECORDS_S", 0.0)
     ranks = [HeartbeatWriter.open(beats, rank) for rank in range(2)]
-    with LoadProgress(LoggingConfig(format="json"), lambda: HeartbeatReader.open(beats)) as progress:
+    with LoadProgress(LoggingConfig(format="json"), [lambda: HeartbeatReader.open(beats)]) as progress:
         for done in (100, 250):
             ranks[0].on_progress(done, 400)
             ranks[1].on_progress(50, 300)
@@ -43,12 +43,12 @@ def test_a_json_log_has_the_bytes_of_every_rank_as_they_come(
 def test_nothing_is_written_where_nobody_asked_for_it(
     beats: Path, capsys: pytest.CaptureFixture[str], logging: LoggingConfig
 ) -> None:
-    with LoadProgress(logging, lambda: HeartbeatReader.open(beats)) as progress:
+    with LoadProgress(logging, [lambda: HeartbeatReader.open(beats)]) as progress:
         progress.update()
     assert capsys.readouterr().err == ""
 
 
 def test_before_there_are_heartbeats_there_is_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
-    with LoadProgress(LoggingConfig(format="json"), lambda: None) as progress:
+    with LoadProgress(LoggingConfig(format="json"), [lambda: None]) as progress:
         progress.update()
     assert capsys.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,10 +15,17 @@ import pytest
 import typer
 
 from launch import cli, status_command
-from launch.run_dir import RunDir, heartbeats_path, living_run_dirs, newest_heartbeats, write_config
+from launch.run_dir import (
+    RunDir,
+    heartbeats_path,
+    living_run_dirs,
+    newest_heartbeats,
+    replica_dirs,
+    write_config,
+)
 from launch.serving.record import ServerRecord, write_server
-from launch.status import DeploymentStatus, Signs, Verdict, judge, look_at
-from tprt.config import Config, ModelConfig
+from launch.status import DeploymentStatus, ReplicaStatus, Signs, Verdict, judge, judge_replicas, look_at
+from tprt.config import Config, ModelConfig, ParallelConfig
 from tprt.transport.coordinator_beat import CoordinatorBeat, CoordinatorRecord
 from tprt.transport.heartbeat import HeartbeatWriter, Phase, RankBeat
 from tprt.transport.heartbeat_file import create_heartbeats
@@ -125,6 +133,65 @@ def test_a_deployment_is_read_from_its_files(run_dir: Path) -> None:
     assert (starting.model, starting.verdict, busy.verdict) == ("models/mine", Verdict.STARTING, Verdict.BUSY)
     for writer in (*beats, coordinator):
         writer.close()
+
+
+def test_replicas_are_told_apart_and_the_lost_one_is_named(run_dir: Path) -> None:
+    parallel = ParallelConfig(data_parallel_size=2)
+    write_config(run_dir, Config(model=ModelConfig(path="models/mine"), parallel=parallel))
+    writers: list[HeartbeatWriter | CoordinatorBeat] = []
+    for folder in replica_dirs(run_dir, 2):
+        folder.mkdir()
+        path = heartbeats_path(folder, 0)
+        create_heartbeats(path, 1)
+        rank, coordinator = HeartbeatWriter.open(path, 0), CoordinatorBeat.open(path, epoch=0)
+        rank.set_phase(Phase.IDLE)
+        coordinator.begin_serving()
+        writers += [rank, coordinator]
+    healthy = look_at(run_dir)
+    shutil.rmtree(replica_dirs(run_dir, 2)[1])
+    degraded = look_at(run_dir)
+    for writer in writers:
+        writer.close()
+    assert healthy is not None
+    assert [one.verdict for one in healthy.replicas] == [Verdict.HEALTHY] * 2
+    assert healthy.verdict is Verdict.HEALTHY
+    assert degraded is not None
+    assert (degraded.verdict, degraded.verdict.serves) == (Verdict.DEGRADED, True)
+    assert degraded.reason.startswith("1 of 2 replicas serve; replica 1: lost")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "whole"),
+    [
+        ([Verdict.HEALTHY, Verdict.BUSY], Verdict.BUSY),
+        ([Verdict.STARTING, Verdict.HEALTHY], Verdict.DEGRADED),
+        ([Verdict.STARTING, Verdict.LOST], Verdict.STARTING),
+        ([Verdict.STALLED, Verdict.LOST], Verdict.STALLED),
+    ],
+)
+def test_a_deployment_does_as_its_replicas_do(verdicts: list[Verdict], whole: Verdict) -> None:
+    assert judge_replicas([ReplicaStatus(signs(), one, "for some reason") for one in verdicts])[0] is whole
+
+
+def test_replicas_are_shown_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = deployment(Verdict.HEALTHY)
+    replicas = (
+        ReplicaStatus(serving.signs, Verdict.HEALTHY, "nothing to do"),
+        ReplicaStatus(signs(), Verdict.LOST, "its ranks have failed"),
+    )
+    whole = replace(serving, verdict=Verdict.DEGRADED, replicas=replicas)
+    monkeypatch.setattr(status_command, "find_deployments", lambda: [whole])
+    status_command.status(as_json=True)
+    entry = json.loads(capsys.readouterr().out)
+    assert [one["verdict"] for one in entry["replicas"]] == ["healthy", "lost"]
+    assert [len(one["ranks"]) for one in entry["replicas"]] == [2, 0]
+    assert "ranks" not in entry
+    status_command.status(as_json=False)
+    shown = capsys.readouterr().out
+    assert "replica 0: healthy (nothing to do)" in shown
+    assert "replica 1: lost (its ranks have failed)" in shown
 
 
 def test_a_host_other_than_that_of_node_rank_0_tells_of_its_own_ranks(run_dir: Path) -> None:

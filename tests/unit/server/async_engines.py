@@ -79,8 +79,9 @@ class Meter:
         self.num_tokens = 0
         self.ends: list[str] = []
         self.stats: list[EngineStats] = []
+        self.stats_of: dict[int, EngineStats] = {}
 
-    def begin(self, num_prompt_tokens: int, sampling: SamplingParams) -> Meter:
+    def begin(self, replica: int, num_prompt_tokens: int, sampling: SamplingParams) -> Meter:
         self.begun.append(num_prompt_tokens)
         return self
 
@@ -90,19 +91,24 @@ class Meter:
     def on_end(self, reason: str) -> None:
         self.ends.append(reason)
 
-    def set_engine(self, stats: EngineStats) -> None:
+    def set_engine(self, replica: int, stats: EngineStats) -> None:
         self.stats.append(stats)
+        self.stats_of[replica] = stats
 
 
 def make_engine(
-    lane: EdgeLane, meter: Meter, tokenizer: Tokenizer | None = None, **settings: object
+    lane: EdgeLane | list[EdgeLane], meter: Meter, tokenizer: Tokenizer | None = None, **settings: object
 ) -> AsyncEngine:
-    """Return an engine that is not started; `settings` are those of the sections, as `server__max_...`."""
+    """Return an engine that is not started, with a lane to each replica.
+
+    `settings` are those of the sections, as `server__max_...`.
+    """
     sections: dict[str, dict[str, object]] = {"model": {"path": "/nowhere"}}
     for name, value in settings.items():
         section, _, key = name.partition("__")
         sections.setdefault(section, {})[key] = value
-    return AsyncEngine(lane, tokenizer, Config.model_validate(sections), meter)
+    lanes = lane if isinstance(lane, list) else [lane]
+    return AsyncEngine(lanes, tokenizer, Config.model_validate(sections), meter)
 
 
 def output(*rows: tuple[int, int, FinishReason]) -> RequestOutput:

@@ -355,3 +355,58 @@ async def test_an_engine_that_does_not_answer_is_not_healthy_even_with_nothing_t
         lane.bring(stats())
         await settle()
         assert engine.is_healthy() == (True, "nothing to do")
+
+
+@in_loop
+async def test_an_engine_of_two_replicas_is_well_while_one_is_and_streams_outlive_the_other() -> None:
+    lanes, meter = [EdgeLane(), EdgeLane()], Meter()
+    engine = make_engine(lanes, meter)
+    engine.start()
+    for lane in lanes:
+        lane.bring(READY)
+        lane.bring(stats(num_running=1))
+    await engine.wait_until_ready()
+    stream = engine.submit([1, 2, 3], GREEDY)
+    (home,) = [number for number, lane in enumerate(lanes) if lane.sent_of(AddRequest)]
+    other = 1 - home
+    lanes[home].lose()
+    while not lanes[other].sent_of(AddRequest):
+        await asyncio.sleep(0)
+    healthy, reason = engine.is_healthy()
+    assert healthy
+    assert f"replica {home}: the engine has ended" in reason
+    assert [view.state.value for view in engine.replicas()][home] == "lost"
+    assert (meter.stats_of[home].is_serving, meter.stats_of[home].num_running) == (False, 0)
+    # Its lane signals for nobody any more.
+    assert not any(asyncio.get_running_loop().remove_reader(fd) for fd in lanes[home].filenos())
+    lanes[other].bring(output((0, 7, LENGTH)))
+    async with stream:
+        assert [delta.token_ids async for delta in stream] == [(7,)]
+    lanes[other].lose()
+    while engine.is_healthy()[0]:
+        await asyncio.sleep(0)
+    with pytest.raises(EngineDeadError):
+        engine.submit([1, 2, 3], GREEDY)
+    engine.close()
+
+
+@in_loop
+async def test_a_stream_that_has_lost_two_replicas_ends_with_the_cause() -> None:
+    lanes, meter = [EdgeLane(), EdgeLane(), EdgeLane()], Meter()
+    engine = make_engine(lanes, meter)
+    engine.start()
+    for lane in lanes:
+        lane.bring(READY)
+    await engine.wait_until_ready()
+    stream = engine.submit([1, 2, 3], GREEDY)
+    for _ in range(2):
+        holders = [lane for lane in lanes if lane.sent_of(AddRequest) and lane.loss is None]
+        while not holders:
+            await asyncio.sleep(0)
+            holders = [lane for lane in lanes if lane.sent_of(AddRequest) and lane.loss is None]
+        holders[0].lose()
+    with pytest.raises(EngineDeadError, match="two replicas"):
+        await anext(stream)
+    assert meter.ends == ["error"]
+    assert engine.is_healthy()[0]
+    engine.close()

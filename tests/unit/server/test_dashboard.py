@@ -19,7 +19,7 @@ from tprt.transport.heartbeat_file import create_heartbeats
 
 DOCS = Path(__file__).parents[3] / "docs"
 _NAME = re.compile(r"\b(?:vllm:|tprt_|process_)[a-z0-9_]+")
-_LABELS = {"model_name", "rank", "phase", "le", "finished_reason"}
+_LABELS = {"model_name", "engine", "rank", "phase", "le", "finished_reason"}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
     """Return every family that there can be."""
     path = tmp_path_factory.mktemp("ranks") / "heartbeats"
     create_heartbeats(path, 2)
-    metrics = ServerMetrics("m", lambda: HeartbeatReader.open(path))
+    metrics = ServerMetrics("m", [lambda: HeartbeatReader.open(path)])
     queue_counts = (0,) * (len(QUEUE_BOUNDS_S) + 1)
-    metrics.set_engine(EngineStats(0, True, 0, 0, 0.0, 1, 1, 0, 0, 0, 0, 0, 0.0, queue_counts))
+    metrics.set_engine(0, EngineStats(0, True, 0, 0, 0.0, 1, 1, 0, 0, 0, 0, 0, 0.0, queue_counts))
     return list(text_string_to_metric_families(metrics.render().decode()))
 
 

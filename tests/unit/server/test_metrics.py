@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,9 @@ def heartbeats(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def metrics(heartbeats: Path) -> ServerMetrics:
     """Metrics of an engine, two ranks and a request that has ended."""
-    made = ServerMetrics(MODEL, lambda: HeartbeatReader.open(heartbeats))
-    made.set_engine(STATS)
-    request = made.begin(12, SamplingParams(max_tokens=20))
+    made = ServerMetrics(MODEL, [lambda: HeartbeatReader.open(heartbeats)])
+    made.set_engine(0, STATS)
+    request = made.begin(0, 12, SamplingParams(max_tokens=20))
     for _ in range(5):
         request.on_tokens(2)
     request.on_end("stop")
@@ -67,11 +68,12 @@ def families(metrics: ServerMetrics) -> dict[str, Metric]:
 
 
 def values(metrics: ServerMetrics) -> dict[str, dict[tuple[str, ...], float]]:
-    """Return the samples by name and by the values of their labels but the model's, in order of label."""
+    """Return the samples of engine 0 by name and by the values of their other labels, in order of label."""
     result: dict[str, dict[tuple[str, ...], float]] = {}
     for family in families(metrics).values():
         for sample in family.samples:
-            labels = tuple(v for k, v in sorted(sample.labels.items()) if k != "model_name")
+            labels = tuple(v for k, v in sorted(sample.labels.items()) if k not in ("model_name", "engine"))
+            assert sample.labels.get("engine", "0") == "0"
             result.setdefault(sample.name, {})[labels] = sample.value
     return result
 
@@ -84,7 +86,8 @@ def test_every_metric_that_dashboards_for_vllm_ask_for_is_there(metrics: ServerM
 def test_every_sample_bears_the_name_of_the_model_as_it_is(metrics: ServerMetrics) -> None:
     ours = [f for f in families(metrics).values() if f.name.startswith(("vllm:", "tprt_"))]
     assert len(ours) > 30
-    assert {sample.labels["model_name"] for family in ours for sample in family.samples} == {MODEL}
+    samples = [sample for family in ours for sample in family.samples]
+    assert {(sample.labels["model_name"], sample.labels["engine"]) for sample in samples} == {(MODEL, "0")}
 
 
 def test_the_engine_is_shown_as_it_said(metrics: ServerMetrics) -> None:
@@ -153,7 +156,7 @@ def assert_is_histogram(family: Metric) -> None:
 
 def test_before_the_engine_is_there_its_requests_wait_and_no_rank_is_known() -> None:
     metrics = ServerMetrics("m")
-    metrics.begin(3, SamplingParams())
+    metrics.begin(0, 3, SamplingParams())
     found = values(metrics)
     assert (found["vllm:num_requests_running"], found["vllm:num_requests_waiting"]) == ({(): 0}, {(): 1})
     assert "tprt_epoch" not in found
@@ -171,7 +174,7 @@ def test_heartbeats_that_are_gone_with_their_epoch_are_no_error(
 def test_two_servers_of_one_process_share_nothing_with_each_other_and_the_global_registry() -> None:
     before = set(REGISTRY._names_to_collectors)
     one, other = ServerMetrics("one"), ServerMetrics("other")
-    one.begin(3, SamplingParams()).on_end("stop")
+    one.begin(0, 3, SamplingParams()).on_end("stop")
     assert values(one)["vllm:request_success_total"][("stop",)] == 1
     assert values(other)["vllm:request_success_total"][("stop",)] == 0
     assert set(REGISTRY._names_to_collectors) == before
@@ -190,8 +193,35 @@ def test_the_history_holds_a_moment_a_second_for_five_minutes() -> None:
     metrics = ServerMetrics("m", clock=lambda: now_s)
     for second in range(1000):
         now_s = second * 0.5
-        metrics.set_engine(STATS)
+        metrics.set_engine(0, STATS)
     times = [moment.time_s for moment in metrics.history.moments]
     assert times[-1] - times[0] <= KEPT_S
     assert len(times) == KEPT_S + 1
     assert {b - a for a, b in itertools.pairwise(times)} == {1.0}
+
+
+def test_each_replica_is_an_engine_of_its_own(heartbeats: Path) -> None:
+    seconds = itertools.count()
+    readers = [lambda: HeartbeatReader.open(heartbeats), lambda: None]
+    metrics = ServerMetrics(MODEL, readers, lambda: next(seconds))
+    metrics.set_engine(0, STATS)
+    metrics.set_engine(1, replace(STATS, num_running=1, num_waiting=0))
+    metrics.begin(1, 3, SamplingParams()).on_end("stop")
+    found = families(metrics)
+    by_engine = {
+        name: {sample.labels["engine"]: sample.value for sample in found[name].samples}
+        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    }
+    assert by_engine == {
+        "vllm:num_requests_running": {"0": 4, "1": 1},
+        "vllm:num_requests_waiting": {"0": 5, "1": 0},
+    }
+    stops = {
+        sample.labels["engine"]: sample.value
+        for sample in found["vllm:request_success"].samples
+        if sample.labels["finished_reason"] == "stop"
+    }
+    assert stops == {"0": 0, "1": 1}
+    assert {sample.labels["engine"] for sample in found["tprt_rank_step"].samples} == {"0"}
+    assert metrics.totals.ended["stop"] == 1
+    assert metrics.history.moments[-1].stats.num_running == 5, "all replicas together"

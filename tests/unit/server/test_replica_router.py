@@ -83,14 +83,6 @@ def test_a_prefix_of_one_block_does_not_draw_everything_to_one_replica(router: R
     assert abs(loads[0] - loads[1]) <= COMPUTE_WEIGHT * BLOCK + 11 * BLOCK
 
 
-def test_what_does_not_fit_into_the_blocks_of_a_replica_weighs_more() -> None:
-    router = make_router(2, num_blocks=20)
-    shared = prompt(1, 10 * BLOCK)
-    router.note(0, router.hash_tokens(shared))
-    assert send(router, [*shared, 1], 10 * BLOCK - 1, 0) == 0
-    assert send(router, [*shared, 1], 20 * BLOCK, 0) == 1
-
-
 def test_blocks_that_a_replica_has_given_up_are_forgotten() -> None:
     router = make_router(2, num_blocks=20)
     shared = prompt(1, 10 * BLOCK)

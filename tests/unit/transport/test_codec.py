@@ -229,7 +229,7 @@ def forge(*header: Any, body: bytes = b"", version: int = 1, magic: bytes = b"TP
 def forge_request(*scalars: Any, length: int = 0, body: bytes = b"") -> bytes:
     """Return a request whose last sampling parameters are `scalars`."""
     sampling = [*PLAIN[: len(PLAIN) - len(scalars)], *scalars]
-    return forge("AddRequest", "i4", [1, sampling], [length], body=body)
+    return forge("AddRequest", "i4,i4", [1, sampling], [length, 0], body=body)
 
 
 def test_a_forged_message_that_is_right_is_taken() -> None:
@@ -255,12 +255,12 @@ def test_a_forged_message_that_is_right_is_taken() -> None:
         (forge("Shutdown", "", [5], []), "Shutdown.reason is 5; expected str"),
         (forge("AbortRequest", "", [True], []), "AbortRequest.request_id is True; expected int"),
         (forge("AbortRequest", "", [2**63], []), "AbortRequest.request_id is 9223372036854775808"),
-        (forge("AddRequest", "i4", [1, {}], [0]), "AddRequest.sampling is {}; expected SamplingParams"),
+        (forge("AddRequest", "i4,i4", [1, {}], [0, 0]), "AddRequest.sampling is {}; expected SamplingParams"),
         (
-            forge("AddRequest", "i4", [1, [1.0]], [0]),
+            forge("AddRequest", "i4,i4", [1, [1.0]], [0, 0]),
             "SamplingParams has 1 scalar fields; expected 17: temperature, ",
         ),
-        (forge("AddRequest", "i4", [1, [1.0] * 17], [0]), "SamplingParams.top_k is 1.0; expected int"),
+        (forge("AddRequest", "i4,i4", [1, [1.0] * 17], [0, 0]), "SamplingParams.top_k is 1.0; expected int"),
         (forge_request([3], 0, None), "SamplingParams.logit_bias is (3,); expected"),
         (forge_request([[3]], 0, None), "SamplingParams.logit_bias is ((3,),); expected"),
         (forge_request([[3, 1.0, 2.0]], 0, None), "SamplingParams.logit_bias is ((3, 1.0, 2.0),); expected"),
@@ -268,8 +268,8 @@ def test_a_forged_message_that_is_right_is_taken() -> None:
         (forge_request([], 0, "a+"), "SamplingParams.grammar is 'a+'; expected"),
         (forge_request([], 0, ["a+"]), "SamplingParams.grammar is ('a+',); expected"),
         (forge_request([], 0, ["regex", 1]), "SamplingParams.grammar is ('regex', 1); expected"),
-        (forge("AddRequest", "i4", [1, []], [-1]), "column lengths (-1,); expected 1 counts"),
-        (forge("AddRequest", "i4", [1, []], [1, 2]), "column lengths (1, 2); expected 1 counts"),
+        (forge("AddRequest", "i4,i4", [1, []], [-1, 0]), "column lengths (-1, 0); expected 2 counts"),
+        (forge("AddRequest", "i4,i4", [1, []], [1]), "column lengths (1,); expected 2 counts"),
         (
             forge_request(length=2**40),
             "AddRequest.prompt_token_ids with 1099511627776 elements runs past the end",
@@ -288,7 +288,7 @@ def test_what_is_wrong_with_a_message_is_said(data: bytes, said: str) -> None:
 
 def test_sampling_parameters_out_of_range_are_an_error_of_that_request() -> None:
     with pytest.raises(InvalidRequestError, match="temperature"):
-        decode(forge("AddRequest", "i4", [1, [-1.0, *PLAIN[1:]]], [0]))
+        decode(forge("AddRequest", "i4,i4", [1, [-1.0, *PLAIN[1:]]], [0, 0]))
     with pytest.raises(
         InvalidRequestError, match="a grammar of kind 'ebnf'; expected json_schema, regex or lark"
     ):

@@ -5,7 +5,7 @@ Knows nothing of HTTP and makes none of it: the process's entry point does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class ServerContext:
         model_name: the name that requests give as `model`.
         created_s: when the server started, in seconds since 1970.
         api_keys: any of them opens the server; with none, it is open.
-        heartbeats: returns what the ranks say of themselves, or None while there are none.
+        heartbeats: for each replica, returns what its ranks say of themselves, or None while there are none.
         tracer: makes spans of requests; None without traces.
         sampling_defaults: of requests that do not say how tokens are chosen.
     """
@@ -44,6 +44,6 @@ class ServerContext:
     model_name: str
     created_s: int
     api_keys: tuple[str, ...]
-    heartbeats: Callable[[], HeartbeatReader | None]
+    heartbeats: Sequence[Callable[[], HeartbeatReader | None]]
     tracer: RequestTracer | None = None
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)

@@ -62,4 +62,9 @@ def _health(context: ServerContext, is_healthy: bool, reason: str) -> dict[str, 
             "num_steps": stats.num_steps,
             "last_step_s": round(stats.last_step_s, 3),
         }
+    if context.config.parallel.data_parallel_size > 1:
+        health["replicas"] = [
+            {"state": one.state.value, "is_well": one.is_well, "reason": without_paths(one.reason)}
+            for one in context.engine.replicas()
+        ]
     return health

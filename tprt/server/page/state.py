@@ -43,7 +43,7 @@ def read_state(context: ServerContext, with_history: bool = False) -> dict[str, 
         "is_well": is_well,
         "reason": reason,
         "engine": _engine(context.engine.stats),
-        "ranks": [_rank(view, context.config.runtime.device) for view in look_at_ranks(context.heartbeats)],
+        "ranks": _ranks(context),
         "totals": _totals(context.metrics.totals),
         "requests": _requests(context),
         "num_requests": context.engine.num_running,
@@ -66,12 +66,23 @@ def _engine(stats: EngineStats | None) -> dict[str, object] | None:
     return fields
 
 
-def _rank(view: RankView, device: str) -> dict[str, object]:
+def _ranks(context: ServerContext) -> list[dict[str, object]]:
+    """Return the ranks of all replicas; with several, a rank is named by its replica's number and its own."""
+    world_size, device = context.config.parallel.tensor_parallel_size, context.config.runtime.device
+    ranks = []
+    for replica, heartbeats in enumerate(context.heartbeats):
+        for view in look_at_ranks(heartbeats):
+            rank = view.beat.rank
+            name = rank if len(context.heartbeats) == 1 else f"{replica}.{rank}"
+            place = _device(device, replica * world_size + rank)
+            ranks.append({"rank": name, "device": place} | _rank(view))
+    return ranks
+
+
+def _rank(view: RankView) -> dict[str, object]:
     beat = view.beat
     return {
-        "rank": beat.rank,
         "pid": beat.pid or None,
-        "device": _device(device, beat.rank),
         "process": state_words(view.state) if beat.pid else "has not started",
         "phase": beat.phase.words,
         "step": None if beat.step == NO_STEP else beat.step,
