@@ -10,7 +10,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 
@@ -21,14 +20,15 @@ from launch.load_progress import LoadProgress
 from launch.log_dir import make_log_dir, sink_of
 from launch.multihost.head import Head, open_head
 from launch.parent_death import RUN_DIR
-from launch.program_end import ProgramEnd, PutOffEnd
+from launch.program_end import ProgramEnd
 from launch.rank_specs import LOOPBACK, make_rank_specs
 from launch.replica_processes import ReplicaSpec
 from launch.replica_pulses import ReplicaPulses
 from launch.replicas import Replica, share_out
-from launch.run_dir import RunDir, adopts_ranks, newest_heartbeats, request_address, write_config
+from launch.run_dir import RunDir, newest_heartbeats, request_address, write_config
 from launch.serving.record import read_server
 from launch.supervisor import Supervisor
+from launch.torchrun.end import explain_signal, put_off_end
 from tprt.checkpoint_config import read_checkpoint_config, resolve_max_model_len
 from tprt.config import Config
 from tprt.errors import EngineDeadError
@@ -44,10 +44,6 @@ from tprt.transport.zmq_socket import RequestClient
 _LOOK_S = 0.1
 # A coordinator that gives up ends at once, and the supervisor then names the cause.
 _CAUSE_S = 2.0
-# A signal that torchrun sends to all ranks has come to all, and what has failed before is explained; it kills
-# those that are still there after 30 s.
-_SIGNAL_S = 0.3
-_EXPLANATION_S = 10.0
 # The coordinator gives up first, since it can name the ranks that are late.
 _STARTUP_GRACE_S = 5.0
 # The server ends what has not finished in time, and then itself.
@@ -200,7 +196,7 @@ class Deployment:
         deadline_s = time.monotonic() + timeout_s + _STARTUP_GRACE_S
         client.hello()
         openers = [partial(self.open_heartbeats, number) for number in range(len(self._replicas))]
-        with LoadProgress(self.config.logging, openers) as progress, self._put_off_end() as end:
+        with LoadProgress(self.config.logging, openers) as progress, put_off_end(self._run_dir.path) as end:
             while self.ready is None:
                 if end is not None and end.is_asked:
                     self.explain_signal()
@@ -256,20 +252,9 @@ class Deployment:
         """Raise the first cause if a process has failed."""
         self._supervisor.raise_if_failed()
 
-    def _put_off_end(self) -> AbstractContextManager[PutOffEnd | None]:
-        """Return what puts a signal off where there may be something to say before it."""
-        return PutOffEnd() if adopts_ranks(self._run_dir.path) else nullcontext()
-
     def explain_signal(self) -> None:
-        """Raise the first cause if torchrun has asked this program to end because of a failure.
-
-        It does so as soon as one of the ranks that it has started is gone, and before that is understood here.
-        """
-        if adopts_ranks(self._run_dir.path):
-            self._supervisor.wait_for_failure(_SIGNAL_S)
-            if self._supervisor.has_lost_ranks:
-                self._supervisor.wait_for_failure(_EXPLANATION_S)
-            self.raise_if_failed()
+        """Raise the first cause if torchrun has asked this program to end because of a failure."""
+        explain_signal(self._run_dir.path, self._supervisor)
 
     def expect_end(self) -> None:
         """From now on processes that end have been asked to."""
