@@ -7,7 +7,7 @@ this one and of who waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,11 +60,13 @@ class ReplicaProcesses:
     Attributes:
         spec: what they are.
         was_ready: all ranks were ready once.
+        pids: process ids by name, those of the newest epoch for ranks, also while there is none.
     """
 
     def __init__(self, spec: ReplicaSpec, tee: LogTee) -> None:
         self.spec = spec
         self.was_ready = False
+        self.pids: Mapping[str, int] = {}
         self._tee = tee
         self._lane = GroupLane()
         self._coordinator: list[ChildProcess] = []
@@ -153,7 +155,9 @@ class ReplicaProcesses:
     def _start_group(self, epoch: int) -> str | None:
         spec = self.spec
         self._group = RankGroup(spec.run_dir, epoch, spec.make_ranks(epoch), self._tee, spec.world_size)
-        return self._group.start()
+        failure = self._group.start()
+        self.pids = {spec.name_of(child.name): child.pid for child in self.children}
+        return failure
 
     def _take_request(self, request: StartGroup | GroupReady | EndGroup) -> None:
         if isinstance(request, GroupReady):

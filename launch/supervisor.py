@@ -173,7 +173,7 @@ class Supervisor:
         server = self.server.children if self.server else ()
         pids = {child.name: child.pid for child in server}
         for replica in self._replicas.values():
-            pids |= {replica.spec.name_of(child.name): child.pid for child in replica.children}
+            pids |= replica.pids
         self._pids = pids
 
     def _children(self) -> list[ChildProcess]:
