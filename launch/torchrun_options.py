@@ -119,8 +119,11 @@ def _show_some(redirects: str | None, tee: str | None, config: str, set_: list[s
         return []
     if peek_setting(config, set_, "logging.dir", None) is None:
         raise ConfigError("--redirects and --tee choose what is shown of the files in --log-dir; give that too")
-    size = peek_setting(config, set_, "parallel.tensor_parallel_size", 1)
-    ranks = range(size) if isinstance(size, int) else ()
+    size, num_replicas = (
+        peek_setting(config, set_, f"parallel.{key}", 1)
+        for key in ("tensor_parallel_size", "data_parallel_size")
+    )
+    ranks = range(size * num_replicas) if isinstance(size, int) and isinstance(num_replicas, int) else range(0)
     is_written, is_shown = _streams("--redirects", redirects), _streams("--tee", tee)
     given = peek_setting(config, set_, "logging.local_ranks_filter", None)
     allowed = given if isinstance(given, list) else ranks

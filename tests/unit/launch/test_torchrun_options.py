@@ -84,6 +84,7 @@ def test_on_another_host_the_command_takes_part_in_the_deployment_of_node_rank_0
         ("--redirects 0", (0, 1, 2, 3)),
         ("--tee 3", (0, 1, 2, 3)),
         ("--tee 3 --redirects 3 --local-ranks-filter 2", (2,)),
+        ("-r 5:3 --set parallel.data_parallel_size=2", (0, 1, 2, 3, 4, 6, 7)),
     ],
 )
 def test_what_is_redirected_and_not_teed_is_in_files_alone(
