@@ -24,6 +24,7 @@ class HostCard(BaseModel):
         version: of tprt.
         settings: those that must be alike, by dotted key.
         checkpoint: digest of the checkpoint's configuration and headers.
+        clock_s: what its clock said when it came, in Unix seconds; None before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,7 @@ class HostCard(BaseModel):
     version: str
     settings: dict[str, Any]
     checkpoint: str
+    clock_s: float | None = None
 
 
 def why_refused(own: HostCard, other: HostCard, nnodes: int) -> str:

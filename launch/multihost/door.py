@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from launch.multihost.card import HostCard, why_refused
+from launch.multihost.clock import clock_s, skew_words
 from launch.multihost.frames import FrameLane
 from launch.multihost.handshake import pack_answer, pack_greeting, read_hello
 from tprt.log import get_logger
@@ -89,6 +90,8 @@ class Door:
         if reason:
             self.last_refusal = f"{stranger.lane.address}: {reason}"
             _LOG.warning("refused a host at %s", self.last_refusal)
+        elif card is not None and card.clock_s is not None and (words := skew_words(card.clock_s, clock_s())):
+            _LOG.warning("node rank %d, %s: %s", card.node_rank, card.host, words)
         stranger.lane.send(pack_answer(reason, said.nonce, self._secret))
         stranger.lane.trust()
         return None if reason else card

@@ -9,6 +9,7 @@ import socket
 import time
 
 from launch.multihost.card import HostCard
+from launch.multihost.clock import clock_s
 from launch.multihost.frames import FrameLane
 from launch.multihost.handshake import pack_hello, read_answer, read_greeting
 from tprt.errors import ConfigError, TransportTimeoutError
@@ -61,7 +62,8 @@ def _introduce(lane: FrameLane, card: HostCard, secret: bytes, timeout_s: float)
     nonce = make_nonce()
     reason = said.error
     if not reason:
-        lane.send(pack_hello(card, nonce, said.nonce, secret))
+        now = card.model_copy(update={"clock_s": clock_s()})
+        lane.send(pack_hello(now, nonce, said.nonce, secret))
         answer = lane.wait_for_message(timeout_s)
         if answer is None:
             return lane.loss or "it does not answer"

@@ -123,6 +123,30 @@ def test_what_differs_is_named_on_both_sides(
     assert door.admitted == []
 
 
+@pytest.mark.parametrize(
+    ("ahead_s", "words"),
+    [(90.0, "its clock is 90.0 s ahead of this"), (-5.0, "its clock is 5.0 s behind this")],
+)
+def test_a_host_whose_clock_is_wrong_comes_in_and_is_named(
+    door: OpenDoor,
+    ahead_s: float,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        right = come(door.port, card())
+        door.wait_for(1)
+        assert caplog.text == ""
+        monkeypatch.setattr("launch.multihost.join.clock_s", lambda: time.time() + ahead_s)
+        wrong = come(door.port, card(node_rank=2, host="gamma"))
+        door.wait_for(2)
+    assert "node rank 2, gamma: " in caplog.text
+    assert words in caplog.text
+    right.close()
+    wrong.close()
+
+
 def test_a_wrong_secret_is_told_on_both_sides_and_the_card_is_not_believed(door: OpenDoor) -> None:
     with pytest.raises(ConfigError, match="the secret of this host is not that of node rank 0"):
         come(door.port, card(rdzv_id="e"), b"guessed")
