@@ -55,7 +55,6 @@ class Supervisor:
         self._started = threading.Event()
         self._stop_asked = False
         self._deadline_s = float("inf")
-        self._grace_s = 0.0
         self._failure: str | None = None
         self._explained = threading.Event()
         self._was_raised = threading.Event()
@@ -132,7 +131,6 @@ class Supervisor:
         """
         if self._thread is None:
             return
-        self._grace_s = grace_s
         self._stop_asked = True
         self._deadline_s = time.monotonic() + grace_s
         os.eventfd_write(self._wake_fd, 1)
@@ -230,7 +228,7 @@ class Supervisor:
             child.log.read()
         found = {number: replica.take_deaths() for number, replica in self._replicas.items()}
         server_cause = self.server.death() if self.server else None
-        if not self._was_ready or not any(not causes for causes in found.values()):
+        if not self._was_ready or all(found.values()):
             causes = [self._place(number, cause) for number, several in found.items() for cause in several]
             causes += [] if server_cause is None else [server_cause]
             if causes:
