@@ -59,17 +59,19 @@ def _vector_tile(columns: int, inputs: int) -> VectorTile:
 
 
 def _dot_tile(columns: int, inputs: int) -> DotTile:
-    splits = 1
-    while -(-columns // 16) * splits < 256 and inputs // (2 * splits) >= 512:
-        splits *= 2
-    return DotTile(16, 256, splits, 2, 4)
+    return DotTile(16, 256, _splits(columns, inputs, 2 * _MANY_PROGRAMS), 2, 4)
 
 
 def _dot_tile_of_many(columns: int, inputs: int) -> DotTile:
     """Take wide tiles where they are programs enough: each reads all rows of the input."""
     if columns >= 32 * _MANY_PROGRAMS:
         return DotTile(32, 128, 1, 4, 4)
+    return DotTile(16, 128, _splits(columns, inputs, _MANY_PROGRAMS), 4, 4)
+
+
+def _splits(columns: int, inputs: int, num_programs: int) -> int:
+    """Return into how many parts to cut the inputs for so many programs of 16 columns; parts stay 512 long."""
     splits = 1
-    while -(-columns // 16) * splits < _MANY_PROGRAMS and inputs // (2 * splits) >= 512:
+    while -(-columns // 16) * splits < num_programs and inputs // (2 * splits) >= 512:
         splits *= 2
-    return DotTile(16, 128, splits, 4, 4)
+    return splits
