@@ -176,8 +176,7 @@ class Deployment:
 
     def connect(self, tokenizer: Tokenizer | None) -> RoutedClient:
         """Return a client of this deployment's coordinators."""
-        cache, num_replicas = self.config.cache, len(self._replicas)
-        router = ReplicaRouter(num_replicas, cache.block_size, cache.enable_prefix_caching and num_replicas > 1)
+        router = ReplicaRouter.for_cache(self.config.cache, len(self._replicas))
         lanes = [RequestClient.connect(request_address(replica.run_dir)) for replica in self._replicas]
         return RoutedClient(lanes, tokenizer, router)
 

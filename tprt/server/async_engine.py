@@ -71,8 +71,8 @@ class AsyncEngine:
             meter: counts requests and tokens.
             heartbeats: opens what the ranks of each replica say of themselves; none: nothing does.
         """
-        num_replicas, cache = len(lanes), config.cache
-        router = ReplicaRouter(num_replicas, cache.block_size, cache.enable_prefix_caching and num_replicas > 1)
+        num_replicas = len(lanes)
+        router = ReplicaRouter.for_cache(config.cache, num_replicas)
         self._lanes = lanes
         self._client = RoutedClient(lanes, tokenizer, router, self._on_news)
         self._config = config
@@ -250,11 +250,14 @@ class AsyncEngine:
 
     def _forget_replica(self, number: int) -> None:
         self._watches[number].end()
-        # Nobody reads what they signal from now on, and they would signal for ever.
-        for fd in self._filenos[number]:
-            self._loop.remove_reader(fd)
+        self._stop_listening(number)
         if (stats := self._watches[number].stats) is not None:
             self._meter.set_engine(number, stats)
+
+    def _stop_listening(self, number: int) -> None:
+        """Let go of a lane's descriptors: nobody reads what they signal, and they would signal for ever."""
+        for fd in self._filenos[number]:
+            self._loop.remove_reader(fd)
 
     def _take_stats(self, number: int, stats: EngineStats) -> None:
         self._meter.set_engine(number, stats)
@@ -279,9 +282,8 @@ class AsyncEngine:
         self._failure = cause
         for watch in self._watches:
             watch.end()
-        for fds in self._filenos:
-            for fd in fds:
-                self._loop.remove_reader(fd)
+        for number in range(len(self._filenos)):
+            self._stop_listening(number)
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         error: TprtError = EngineDeadError(cause)

@@ -32,6 +32,7 @@ from enum import Enum
 import numpy as np
 
 from tprt.block_hash import extend_hashes
+from tprt.config import CacheConfig
 from tprt.server.prefix_index import PrefixIndex
 
 COMPUTE_WEIGHT = 16
@@ -77,6 +78,11 @@ class ReplicaRouter:
         self._block_size = block_size
         self._caches_prefixes = caches_prefixes
         self._turn = 0
+
+    @classmethod
+    def for_cache(cls, cache: CacheConfig, num_replicas: int) -> ReplicaRouter:
+        """Return the router of a deployment; prefixes are of no use to it where there is nothing to choose."""
+        return cls(num_replicas, cache.block_size, cache.enable_prefix_caching and num_replicas > 1)
 
     def state(self, replica: int) -> ReplicaState:
         """Return the state of a replica."""
