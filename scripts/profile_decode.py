@@ -3,9 +3,9 @@
 Usage: profile_decode.py CONFIG [--batch-size 1,8,64] [--context-len 256]
 
 For each batch: microseconds of a step, those of reading weights, keys and values at the peak of the data sheet,
-and the kernels of a step by name: how many, and their time from torch's profiler. Kernels that begin while the
-one before runs count the time that they wait, so their sum may exceed the step. Knows nothing of scheduling:
-steps are made here, and launched one behind the other.
+and the kernels of a step by name: how many, and what they add, from torch's profiler. A kernel adds the time
+from the end of the one before to its own end: little where it began early, and with the gap in front of it.
+Knows nothing of scheduling: steps are made here, and launched one behind the other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 # Run as a file, this finds only scripts/ on the path.
@@ -35,7 +36,7 @@ from tprt.messages import StepInput
 from tprt.sharding import make_shard_plan, shape_of
 from tprt.worker.model_runner import ModelRunner
 
-_STEPS, _ROUNDS, _SHOWN = 32, 7, 16
+_STEPS, _ROUNDS, _SHOWN = 32, 7, 20
 
 
 def make_step(number: int, batch_size: int, context_len: int, block_size: int) -> StepInput:
@@ -82,13 +83,14 @@ def time_steps(runner: ModelRunner, steps: list[StepInput]) -> float:
 
 
 def profile_steps(runner: ModelRunner, steps: list[StepInput]) -> list[tuple[str, float, float]]:
-    """Return name, number and microseconds of each kind of kernel in a step, the longest first."""
+    """Return name, number and added microseconds of each kind of kernel in a step, the longest first."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run_ahead(runner, steps)
+    events = [event for event in profiled.events() if event.device_type.name == "CUDA"]
+    events.sort(key=lambda event: event.time_range.end)
     found: defaultdict[str, list[float]] = defaultdict(list)
-    for event in profiled.events():
-        if event.device_type.name == "CUDA":
-            found[event.name].append(event.time_range.elapsed_us())
+    for before, event in pairwise(events):
+        found[event.name].append(event.time_range.end - before.time_range.end)
     rows = [(name, len(times) / len(steps), sum(times) / len(steps)) for name, times in found.items()]
     return sorted(rows, key=lambda row: -row[2])
 
@@ -102,7 +104,7 @@ def show(config: Config, runner: ModelRunner, batch_size: int, context_len: int,
     rows = profile_steps(runner, steps)
     print(f"batch {batch_size}, {context_len} tokens: {step_us:.0f} us a step,", end=" ")
     print(f"{num_bytes / bandwidth_gbs / 1e3:.0f} us of reading,", end=" ")
-    print(f"{sum(row[1] for row in rows):.0f} kernels that run for {sum(row[2] for row in rows):.0f} us")
+    print(f"{sum(row[1] for row in rows):.0f} kernels that add {sum(row[2] for row in rows):.0f} us")
     for name, count, us in rows[:_SHOWN]:
         print(f"  {us:8.1f} us {count:6.1f} x {us / count:7.2f}  {name[:80]}")
     sys.stdout.flush()
