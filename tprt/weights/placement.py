@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +20,11 @@ from tprt.weights.matching import Match
 from tprt.weights.memory_advice import populate
 from tprt.weights.read_plan import CHUNK_BYTES, Piece, kept_bytes, wanted_rows
 
+_WORDS = {2: torch.int16, 4: torch.int32}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUM_STAGING_BUFFERS = 2
+# Torch converts a type on all cores, whoever asks.
+_NUM_CONVERTERS = 2
 
 
 class Placement:
@@ -30,6 +34,7 @@ class Placement:
         self.placed_bytes = 0
         self._rows: dict[Match, list[Range]] = defaultdict(list)
         self._lock = threading.Lock()
+        self._converters = threading.Semaphore(_NUM_CONVERTERS)
         self._local = threading.local()
         self._copiers: list[_DeviceCopier] = []
 
@@ -84,7 +89,11 @@ class Placement:
         if dest.device.type != "cuda":
             if dest.is_contiguous():
                 populate(dest)
-            dest.copy_(source)
+            if dest.dtype == source.dtype:
+                _copy_on_this_core(dest, source)
+                return
+            with self._converters:
+                dest.copy_(source)
             return
         copier = getattr(self._local, "copier", None)
         if copier is None:
@@ -146,7 +155,7 @@ class _DeviceCopier:
         self._turn = (turn + 1) % len(self._buffers)
         self._free[turn].synchronize()
         staged = self._staging(turn, source)
-        staged.copy_(source)
+        _copy_on_this_core(staged, source)
         with torch.cuda.stream(self._stream):
             arrived = staged.to(dest.device, non_blocking=True) if staged.dtype != dest.dtype else staged
             dest.copy_(arrived, non_blocking=True)
@@ -162,6 +171,12 @@ class _DeviceCopier:
             size = max(num_bytes, CHUNK_BYTES)
             self._buffers[turn] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return self._buffers[turn][:num_bytes].view(source.dtype).view(source.shape)
+
+
+def _copy_on_this_core(dest: Tensor, source: Tensor) -> None:
+    """Copy between CPU tensors of one type; torch would wake all cores for each of many threads that copy."""
+    words = _WORDS[dest.element_size()]
+    np.copyto(dest.view(words).numpy(), source.view(words).numpy())
 
 
 def _event() -> torch.cuda.Event:

@@ -1,4 +1,4 @@
-"""Carrying out a read plan: a few threads read, one thread takes what the ranks of the host share.
+"""Carrying out a read plan: threads read and copy, one more takes what the ranks of the host share.
 
 Bounded: a thread holds one chunk, and the exchange its slots. The first error of any thread ends all of them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,8 +23,12 @@ from tprt.weights.placement import Placement
 from tprt.weights.read_plan import Chunk, Piece, ReadPlan
 
 NUM_READERS = 4
-# Of these so many at a time take from the page cache: that waits for no disk, only for a core.
-_NUM_COPIERS = 2
+"""How many threads of a rank wait for the disk at a time."""
+
+# To take from the page cache needs a core, and memory that is not faster for more threads than these.
+_LEAST_COPIERS, _MOST_COPIERS = 2, 16
+# Between two looks for more to copy, while the shared chunks are being taken.
+_LOOK_S = 1e-3
 
 
 class _StoppedError(Exception):
@@ -56,8 +61,15 @@ class Reading:
         else:
             mine = ((number, chunk) for number, chunk in enumerate(plan.shared) if exchange.is_mine(number))
             self._shared_left += mine
+        # Shared chunks that are in the page cache, and whether there may be more of them.
+        self._cached_left: deque[Chunk] = deque()
+        self._takes_shared = exchange is not None and len(plan.shared) > 0
         self._lock = threading.Lock()
-        self._copiers = threading.Semaphore(_NUM_COPIERS)
+        # What torch may use for one operation is this rank's share of the cores.
+        num_copiers = min(_MOST_COPIERS, max(_LEAST_COPIERS, torch.get_num_threads()))
+        self._num_threads = max(NUM_READERS, num_copiers)
+        self._copiers = threading.Semaphore(num_copiers)
+        self._readers = threading.Semaphore(NUM_READERS)
         self._error: BaseException | None = None
         self._on_progress: Callable[[], None] = lambda: None
 
@@ -75,7 +87,7 @@ class Reading:
                 stack.callback(reader.close)
             threads = [
                 threading.Thread(target=self._guard, args=(self._read_tasks,), name=f"tprt-load-{number}")
-                for number in range(NUM_READERS)
+                for number in range(self._num_threads)
             ]
             for thread in threads:
                 thread.start()
@@ -100,16 +112,24 @@ class Reading:
         buffer = _landing_buffer(self._plan.largest_chunk_bytes)
         while self._error is None:
             with self._lock:
-                shared = self._next_shared()
-                own = self._own_left.popleft() if shared is None and self._own_left else None
+                takes_shared = self._takes_shared
+                shared, own, cached = self._next_shared(), None, None
+                if shared is None and self._own_left:
+                    own = self._own_left.popleft()
+                elif shared is None and self._cached_left:
+                    cached = self._cached_left.popleft()
             if shared is not None:
                 self._read_for_all(*shared)
             elif own is not None:
                 self._read_own(own, buffer)
-            elif not self._shared_left:
-                return
-            else:
+            elif cached is not None:
+                self._place_cached(cached)
+            elif self._shared_left:
                 self._wait_for_slot()
+            elif takes_shared:
+                time.sleep(_LOOK_S)
+            else:
+                return
 
     def _next_shared(self) -> tuple[int, Chunk, bool] | None:
         """Return the next chunk that this rank reads for all, if that can be now, and whether it is cached."""
@@ -127,7 +147,7 @@ class Reading:
         exchange = self._exchange
         assert exchange is not None
         patience = Patience(exchange.timeout_s)
-        while self._shared_left and not exchange.is_free(self._shared_left[0][0]):
+        while self._shared_left and not self._cached_left and not exchange.is_free(self._shared_left[0][0]):
             self._stop_if_failed()
             patience.wait(exchange.describe_slowest(self._shared_left[0][0]))
 
@@ -138,9 +158,11 @@ class Reading:
             return
         if not self._past_cache and self._placement.takes_directly(chunk.pieces):
             self._count(chunk, chunk.num_bytes)
-            self._place_directly(chunk)
+            with self._readers:
+                self._place_directly(chunk)
             return
-        result = self._files[chunk.file].read(_memory_of(buffer), chunk.start, chunk.stop)
+        with self._readers:
+            result = self._files[chunk.file].read(_memory_of(buffer), chunk.start, chunk.stop)
         self._count(chunk, result.read_bytes)
         self._place(chunk, buffer[result.start :])
 
@@ -151,31 +173,33 @@ class Reading:
             self._count(chunk, chunk.num_bytes, cached_bytes=chunk.num_bytes)
             exchange.publish(number, None)
             return
-        result = self._files[chunk.file].read(exchange.slot(number), chunk.start, chunk.stop)
+        with self._readers:
+            result = self._files[chunk.file].read(exchange.slot(number), chunk.start, chunk.stop)
         self._count(chunk, result.read_bytes)
         exchange.publish(number, result.start)
 
     def _take_shared(self) -> None:
-        exchange = self._exchange
-        assert exchange is not None
-        for number, chunk in enumerate(self._plan.shared):
-            if self._is_cached(chunk):
-                self._place_cached(chunk)
-            else:
-                self._take_from_slot(exchange, number, chunk)
-            exchange.take(number)
+        try:
+            exchange = self._exchange
+            assert exchange is not None
+            for number, chunk in enumerate(self._plan.shared):
+                if self._is_cached(chunk) or not self._take_from_slot(exchange, number, chunk):
+                    self._cached_left.append(chunk)
+                exchange.take(number)
+        finally:
+            self._takes_shared = False
 
-    def _take_from_slot(self, exchange: LoadExchange, number: int, chunk: Chunk) -> None:
+    def _take_from_slot(self, exchange: LoadExchange, number: int, chunk: Chunk) -> bool:
+        """Place a chunk that another rank has read; False where it found it in the page cache."""
         patience = Patience(exchange.timeout_s)
         while not exchange.is_published(number):
             self._stop_if_failed()
             reader = number % exchange.world_size
             patience.wait(f"rank {reader} has not read chunk {number} of {chunk.file.name}")
         start = exchange.start_of(number)
-        if start is None:
-            self._place_cached(chunk)
-        else:
+        if start is not None:
             self._place(chunk, torch.frombuffer(exchange.slot(number), dtype=torch.uint8)[start:])
+        return start is not None
 
     def _is_cached(self, chunk: Chunk) -> bool:
         return self._files[chunk.file].is_cached(chunk.start, chunk.stop)
