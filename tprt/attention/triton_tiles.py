@@ -66,7 +66,7 @@ def decode_tile(group: int, head_dim: int, itemsize: int, traits: Traits) -> Til
     size, rows = padded(head_dim), padded(group)
     if itemsize > 2 or not traits.tensor_cores:
         return Tile(rows, 16, _vector_warps(size), 2)
-    return Tile(rows, min(64, 8192 // size), 4, 3)
+    return Tile(rows, min(32, 8192 // size), 4, 3)
 
 
 def prefill_tile(max_seqlen_q: int, head_dim: int, itemsize: int, traits: Traits) -> Tile:

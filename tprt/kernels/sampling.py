@@ -17,7 +17,7 @@ from tprt.kernels.dependent_launch import await_predecessor, dependent_options
 from tprt.kernels.logarithm import COEFFICIENTS, LOG_TWO, SQRT_HALF_BITS
 from tprt.kernels.truncation import level_bits, levels_of
 
-_TILE = 1024
+_TILE = 4096
 _COEFFICIENTS = tl.constexpr(COEFFICIENTS)
 _LOG_TWO = tl.constexpr(LOG_TWO)
 _SQRT_HALF_BITS = tl.constexpr(SQRT_HALF_BITS)

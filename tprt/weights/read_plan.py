@@ -25,20 +25,13 @@ class Piece:
     Attributes:
         match: the tensor and its place in the model.
         rows: rows of the whole tensor; this rank may keep some of them, or some columns, or nothing.
+        start, stop: its first byte in the file, and the one after its last.
     """
 
     match: Match
     rows: Range
-
-    @property
-    def start(self) -> int:
-        """Its first byte in the file."""
-        return self.match.entry.offset + self.rows.start * row_bytes(self.match)
-
-    @property
-    def stop(self) -> int:
-        """The byte after its last."""
-        return self.match.entry.offset + self.rows.stop * row_bytes(self.match)
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,9 +97,8 @@ def kept_bytes(piece: Piece) -> int:
     """Return how many of a piece's bytes this rank keeps."""
     part, wanted = piece.match.part, wanted_rows(piece.match)
     rows = max(0, min(piece.rows.stop, wanted.stop) - max(piece.rows.start, wanted.start))
-    if part.dim == 0:
-        return rows * row_bytes(piece.match)
-    return rows * row_bytes(piece.match) * part.source.size // part.full_shape[part.dim]
+    num_bytes = rows * row_bytes(piece.match)
+    return num_bytes if part.dim == 0 else num_bytes * part.source.size // part.full_shape[part.dim]
 
 
 def row_bytes(match: Match) -> int:
@@ -122,8 +114,10 @@ def _cut(match: Match, rows: Range, chunk_bytes: int) -> Iterator[Piece]:
     step = max(1, chunk_bytes // max(1, row_bytes(match)))
     # Equal pieces, rather than a small one at the end.
     step = math.ceil(rows.size / math.ceil(rows.size / step)) if rows.size else 1
+    first, size = match.entry.offset, row_bytes(match)
     for start in range(rows.start, rows.stop, step):
-        yield Piece(match, Range(start, min(start + step, rows.stop)))
+        stop = min(start + step, rows.stop)
+        yield Piece(match, Range(start, stop), first + start * size, first + stop * size)
 
 
 def _join(pieces: list[Piece], chunk_bytes: int) -> Iterator[Chunk]:

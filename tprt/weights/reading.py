@@ -25,8 +25,8 @@ from tprt.weights.read_plan import Chunk, Piece, ReadPlan
 NUM_READERS = 4
 """How many threads of a rank wait for the disk at a time."""
 
-# To take from the page cache needs a core, and memory that is not faster for more threads than these.
-_LEAST_COPIERS, _MOST_COPIERS = 2, 16
+# So many may take from the page cache, by the cores of a rank; more keep each other from Python's lock.
+_LEAST_COPIERS, _MOST_COPIERS = 2, 8
 # Between two looks for more to copy, while the shared chunks are being taken.
 _LOOK_S = 1e-3
 
