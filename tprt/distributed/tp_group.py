@@ -6,7 +6,8 @@ collectives, so sharding is tested in one process. Knows nothing of how a collec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -80,6 +81,32 @@ class _NoObserver:
         pass
 
     def leave_collective(self) -> None:
+        pass
+
+
+class _ShapesAlone:
+    """`Collectives` without peers: nothing that comes out has the right values."""
+
+    capturable = False
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = sum(sizes)
+        return tensor.new_empty(shape)
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        return tensor
+
+    def min_int(self, value: int) -> int:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -167,6 +194,16 @@ class TPGroup:
         if self.world_size > 1:
             self._begin("barrier").barrier()
             self.observer.leave_collective()
+
+    @contextmanager
+    def disjoined(self) -> Iterator[None]:
+        """Have collectives return something of the right shape, and neither send nor wait."""
+        joined, number = self.collectives, self.collective_number
+        self.collectives = _ShapesAlone()
+        try:
+            yield
+        finally:
+            self.collectives, self.collective_number = joined, number
 
     def close(self) -> None:
         """Release the collectives; idempotent."""

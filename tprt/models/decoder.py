@@ -5,7 +5,8 @@ A model file says by class attributes how it differs. Knows nothing of files, pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -186,6 +187,15 @@ class DecoderModel(nn.Module):
         observer.leave_layers()
         normed: Tensor = self.norm.add_forward(hidden, residual)[0]
         return normed
+
+    @contextmanager
+    def only_first_layer(self) -> Iterator[None]:
+        """Leave out the other layers, which launch no kernel that the first one does not."""
+        layers, self.layers = self.layers, self.layers[:1]
+        try:
+            yield
+        finally:
+            self.layers = layers
 
 
 class DecoderForCausalLM(nn.Module):

@@ -123,13 +123,18 @@ class DecodeGraphs:
         self._host: _HostColumns
         self._changes = StepTransfer(tables.device_tables.device)
 
+    def rehearse(self, sizes: list[int]) -> None:
+        """Run a decode of every size as `capture` does before it captures it."""
+        memory = self._device_memory(sizes)
+        for size in sizes:
+            self._run_padding(DecodeColumns(memory, size))
+
     def capture(self, sizes: list[int]) -> None:
         """Capture a decode of every size; all ranks together."""
         device = self._tables.device_tables.device
         self._sizes = sorted(sizes)
-        largest = self._sizes[-1]
-        self._host = _HostColumns(largest, device)
-        memory = torch.zeros(DecodeColumns.bytes_for(largest), dtype=torch.uint8, device=device)
+        self._host = _HostColumns(self._sizes[-1], device)
+        memory = self._device_memory(sizes)
         pool: Any = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -139,12 +144,19 @@ class DecodeGraphs:
         torch.cuda.current_stream(device).wait_stream(stream)
 
     def _capture_one(self, columns: DecodeColumns, pool: Any, stream: torch.cuda.Stream) -> _Captured:
-        self._clear(columns)
         # Once without a graph: kernels are compiled and libraries set up where capturing would forbid it.
-        self._sample(columns, self._forward(columns))
+        self._run_padding(columns)
         forward, hidden = _record(lambda: self._forward(columns), pool, stream)
         sample, token_ids = _record(lambda: self._sample(columns, hidden), pool, stream)
         return _Captured(columns, forward, sample, hidden, token_ids)
+
+    def _device_memory(self, sizes: list[int]) -> Tensor:
+        num_bytes = DecodeColumns.bytes_for(max(sizes))
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._tables.device_tables.device)
+
+    def _run_padding(self, columns: DecodeColumns) -> None:
+        self._clear(columns)
+        self._sample(columns, self._forward(columns))
 
     def _clear(self, columns: DecodeColumns) -> None:
         """Make a batch of padding: no token is written, no sequence is read."""

@@ -25,6 +25,7 @@ from tprt.models import DecoderForCausalLM, ModelParts, build_model
 from tprt.sharding import make_shard_plan, shape_of
 from tprt.weights import LoadExchange, LoadReport, load_dummy_weights, load_model
 from tprt.worker.block_table_mirror import BlockTableMirror
+from tprt.worker.compiling import compiling_kernels
 from tprt.worker.decode_graphs import DecodeGraphs, graph_sizes
 from tprt.worker.input_batch import InputBatch, InputBuilder
 from tprt.worker.kv_cache import (
@@ -38,6 +39,7 @@ from tprt.worker.kv_cache import (
 from tprt.worker.memory_budget import CudaMemory, MemoryBudget, measure_budget
 from tprt.worker.output_transfer import OutputTransfer, PendingOutput
 from tprt.worker.prompt_logprobs import compute_prompt_logprobs
+from tprt.worker.rehearsal import steps_to_rehearse
 from tprt.worker.workspace import largest_step
 
 _LOG = get_logger(__name__)
@@ -109,17 +111,34 @@ class ModelRunner:
         )
         parts = ModelParts(self._checkpoint, self._shard, self._group, backend, self._max_model_len)
         self.model = build_model(parts, self._dtype, self._device)
-        if self._config.model.load_format == "dummy":
-            load_dummy_weights(self.model)
-        else:
-            num_here = 1 if exchange is None else exchange.world_size
-            needs_all = num_here == self._group.world_size
-            _log_load(load_model(self.model, self._config.model.path, exchange, on_progress, needs_all))
+        with compiling_kernels(next(self.model.parameters()), self._rehearse):
+            if self._config.model.load_format == "dummy":
+                load_dummy_weights(self.model)
+            else:
+                num_here = 1 if exchange is None else exchange.world_size
+                needs_all = num_here == self._group.world_size
+                _log_load(load_model(self.model, self._config.model.path, exchange, on_progress, needs_all))
         weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         for module in self.model.modules():
             if isinstance(module, LinearBase | ParallelLMHead):
                 module.process_weights_after_loading()
         return weight_bytes
+
+    @torch.inference_mode()
+    def _rehearse(self) -> None:
+        """Launch what is to be compiled, in one layer and on this rank alone; weights may be anything."""
+        scheduler, block_size = self._config.scheduler, self._config.cache.block_size
+        with self.model.model.only_first_layer(), self._group.disjoined():
+            allocate_kv_cache(self.model, 1, block_size)
+            try:
+                for step in steps_to_rehearse(scheduler, self._max_model_len, block_size):
+                    self._forward(self._inputs.build(step))
+                if self._captures:
+                    self._make_graphs().rehearse(graph_sizes(scheduler.max_num_seqs))
+            except torch.OutOfMemoryError:
+                _LOG.warning("no room to rehearse the largest step: what it launches is compiled when it runs")
+            finally:
+                release_kv_cache(self.model)
 
     def allocate_kv_blocks(self) -> tuple[int, int]:
         """Allocate the KV blocks that the poorest rank can hold; return their number and this rank's bytes.

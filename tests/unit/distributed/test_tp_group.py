@@ -131,3 +131,20 @@ def test_a_group_of_one_rank_calls_no_collective_and_tells_of_none() -> None:
     group.all_reduce(torch.ones(2))
     group.barrier()
     assert witness.seen == []
+
+
+def test_a_group_that_is_disjoined_for_a_while_gives_shapes_and_neither_sends_nor_counts() -> None:
+    group = make_local_groups(2, timeout_s=0.01)[0]
+    joined, tensor = group.collectives, torch.ones(3, 2)
+    with group.disjoined():
+        assert group.all_reduce(tensor) is tensor
+        assert group.all_gather(tensor, [2, 5]).shape == (3, 7)
+        assert group.all_gather(tensor.T, [2, 4], dim=0).shape == (6, 3)
+        assert group.broadcast(tensor, 1) is tensor
+        assert group.min_int(7) == 7
+        group.barrier()
+        group.close()
+    assert group.collectives is joined
+    assert group.collective_number == 0
+    with pytest.raises(TransportTimeoutError):
+        group.barrier()

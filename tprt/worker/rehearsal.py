@@ -1,0 +1,57 @@
+"""Steps that launch, between them, the kernels that a start and the first requests launch.
+
+A kernel is compiled anew for each way in which the work is cut. That follows from the number of tokens, from
+whether keys are in KV blocks or in the step itself, and from how tokens are chosen. Decodes are not here, since
+they are captured in every size. Knows nothing of kernels and devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from tprt.config import SchedulerConfig
+from tprt.messages import StepInput
+from tprt.worker.workspace import largest_step
+
+# As many rows as tensor cores multiply at once, two and four times as many, and more than that.
+_PROMPT_LENS = (16, 32, 64, 128)
+
+
+def steps_to_rehearse(scheduler: SchedulerConfig, max_model_len: int, block_size: int) -> list[StepInput]:
+    """Return the largest step there can be, and prompts of one sequence, alone and behind a cached prefix.
+
+    One KV block, number 0, is enough for all of them. None wants log-probabilities: those are looked up by the
+    tokens that were chosen, which a kernel that does not run leaves open.
+    """
+    largest = largest_step(scheduler, max_model_len, block_size)
+    steps = [replace(largest, num_logprobs=np.full_like(largest.num_logprobs, -1))]
+    longest = min(scheduler.max_num_batched_tokens, max_model_len)
+    for num_tokens in sorted({min(num_tokens, longest) for num_tokens in _PROMPT_LENS}):
+        for num_cached in (0, block_size):
+            if num_cached + num_tokens <= max_model_len:
+                steps.append(_prompt(num_tokens, num_cached, block_size))
+    return steps
+
+
+def _prompt(num_tokens: int, num_cached: int, block_size: int) -> StepInput:
+    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+    context_len = num_cached + num_tokens
+    return StepInput(
+        epoch=0,
+        step=0,
+        num_decodes=0,
+        seq_slots=zero,
+        query_lens=one * num_tokens,
+        context_lens=one * context_len,
+        token_ids=np.zeros(num_tokens, np.int32),
+        block_ids=np.zeros(-(-context_len // block_size), np.int32),
+        samples=np.ones(1, np.uint8),
+        temperatures=np.zeros(1, np.float32),
+        top_ks=zero,
+        top_ps=np.ones(1, np.float32),
+        min_ps=np.zeros(1, np.float32),
+        seeds=np.zeros(1, np.int64),
+        num_logprobs=-one,
+    )
