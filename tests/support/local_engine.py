@@ -116,11 +116,15 @@ class LocalEngine:
         self._key_of_slot: dict[int, int] = {}
 
     def generate(
-        self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        checks_blocks: bool = True,
     ) -> list[list[int]]:
         """Return the tokens of each prompt; `logits[i]` then has the model's rows at those places.
 
-        `prompt_logprobs[i]` has what steps have found of the prompt.
+        `prompt_logprobs[i]` has what steps have found of the prompt. Afterwards every KV block is looked at,
+        which takes seconds where there are millions.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         tokens: dict[int, list[int]] = {key: [] for key in range(len(prompts))}
@@ -139,7 +143,8 @@ class LocalEngine:
                     self.logits[key].append(launched.logits[row])
                 self.num_cached_tokens[key] = int(result.num_cached_tokens[number])
         assert not self.scheduler.has_unfinished
-        self.scheduler.check()
+        if checks_blocks:
+            self.scheduler.check()
         return list(tokens.values())
 
     def _next_step(self) -> _Launched | None:

@@ -17,7 +17,7 @@ from tprt.weights.checkpoint import open_checkpoint
 from tprt.weights.exchange import LoadExchange
 from tprt.weights.matching import match_tensors
 from tprt.weights.placement import Placement
-from tprt.weights.read_plan import ReadPlan, kept_bytes, make_read_plan
+from tprt.weights.read_plan import ReadPlan, make_read_plan
 from tprt.weights.reading import Reading
 from tprt.weights.report import LoadReport
 
@@ -76,4 +76,4 @@ def load_dummy_weights(model: nn.Module) -> None:
 
 def _kept_bytes(plan: ReadPlan, shared: bool) -> int:
     pieces = (piece for chunk in (*plan.own, *plan.shared) for piece in chunk.pieces)
-    return sum(kept_bytes(piece) for piece in pieces if piece.match.part.shared == shared)
+    return sum(piece.kept_bytes for piece in pieces if piece.match.part.shared == shared)

@@ -18,7 +18,7 @@ from tprt.errors import CheckpointError
 from tprt.sharding import Range
 from tprt.weights.matching import Match
 from tprt.weights.memory_advice import populate
-from tprt.weights.read_plan import CHUNK_BYTES, Piece, kept_bytes, wanted_rows
+from tprt.weights.read_plan import CHUNK_BYTES, Piece, wanted_rows
 
 _WORDS = {2: torch.int16, 4: torch.int32}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -64,7 +64,7 @@ class Placement:
     def _account(self, piece: Piece, rows: Range) -> None:
         with self._lock:
             self._rows[piece.match].append(rows)
-            self.placed_bytes += kept_bytes(piece)
+            self.placed_bytes += piece.kept_bytes
 
     def finish(self, matches: Collection[Match]) -> None:
         """Wait for copies under way and check the account.

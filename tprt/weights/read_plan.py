@@ -26,12 +26,14 @@ class Piece:
         match: the tensor and its place in the model.
         rows: rows of the whole tensor; this rank may keep some of them, or some columns, or nothing.
         start, stop: its first byte in the file, and the one after its last.
+        kept_bytes: how many of its bytes this rank keeps.
     """
 
     match: Match
     rows: Range
     start: int
     stop: int
+    kept_bytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,14 +95,6 @@ def wanted_rows(match: Match) -> Range:
     return match.part.source if match.part.dim == 0 else Range(0, _num_rows(match))
 
 
-def kept_bytes(piece: Piece) -> int:
-    """Return how many of a piece's bytes this rank keeps."""
-    part, wanted = piece.match.part, wanted_rows(piece.match)
-    rows = max(0, min(piece.rows.stop, wanted.stop) - max(piece.rows.start, wanted.start))
-    num_bytes = rows * row_bytes(piece.match)
-    return num_bytes if part.dim == 0 else num_bytes * part.source.size // part.full_shape[part.dim]
-
-
 def row_bytes(match: Match) -> int:
     """Return the bytes of one row, an index of the first dimension, in the file."""
     return match.entry.num_bytes // max(1, _num_rows(match))
@@ -114,10 +108,14 @@ def _cut(match: Match, rows: Range, chunk_bytes: int) -> Iterator[Piece]:
     step = max(1, chunk_bytes // max(1, row_bytes(match)))
     # Equal pieces, rather than a small one at the end.
     step = math.ceil(rows.size / math.ceil(rows.size / step)) if rows.size else 1
-    first, size = match.entry.offset, row_bytes(match)
+    first, size, wanted = match.entry.offset, row_bytes(match), wanted_rows(match)
+    kept_of_row = size
+    if match.part.dim != 0:
+        kept_of_row = size * match.part.source.size // match.part.full_shape[match.part.dim]
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
-        yield Piece(match, Range(start, stop), first + start * size, first + stop * size)
+        kept = max(0, min(stop, wanted.stop) - max(start, wanted.start)) * kept_of_row
+        yield Piece(match, Range(start, stop), first + start * size, first + stop * size, kept)
 
 
 def _join(pieces: list[Piece], chunk_bytes: int) -> Iterator[Chunk]:
