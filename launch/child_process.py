@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launch.child_log import SHOWN, ChildLog, LogSink, LogTee
+from launch.job_signals import DRAIN_SIGNAL
 from launch.parent_death import PARENT_PID
 
 # The kernel may take a while to take a killed process apart: memory of a GPU, a device that does not answer.
@@ -99,8 +100,8 @@ class ChildProcess:
         return self._process.poll()
 
     def ask_to_end(self) -> None:
-        """Send SIGTERM; does not wait."""
-        self._send(signal.SIGTERM)
+        """Send DRAIN_SIGNAL; does not wait."""
+        self._send(DRAIN_SIGNAL)
 
     def kill(self) -> None:
         """End it at once; does not wait."""

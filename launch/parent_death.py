@@ -13,6 +13,8 @@ import signal
 import threading
 import time
 
+from launch.job_signals import reach_all_processes
+
 PARENT_PID = "TPRT_PARENT_PID"
 RUN_DIR = "TPRT_RUN_DIR"
 # The folder of the whole deployment, where it has several replicas with a RUN_DIR each.
@@ -33,7 +35,7 @@ def clean_up_after_parent() -> None:
     """Remove the run directory when the parent has ended without doing so, and leave.
 
     For one child alone, before it starts threads. The signal is SIGTERM, since nothing can be done on SIGKILL;
-    one that somebody else sends ends this process as it always does.
+    one that somebody else sends ends this process as it always does, but where the parent gets it too.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_sigterm, name="tprt-parent-death", daemon=True).start()
@@ -82,9 +84,13 @@ def _is_orphan() -> bool:
 def _wait_for_sigterm() -> None:
     # The parent's pid is in the signal of its death, which comes while it is still taken apart: a core dump may
     # keep it there for seconds.
-    sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-    if str(sender) == os.environ.get(PARENT_PID):
-        _remove_run_dir_and_leave()
+    while str(signal.sigwaitinfo({signal.SIGTERM}).si_pid) != os.environ.get(PARENT_PID):
+        if not reach_all_processes():
+            _end_by_sigterm()
+    _remove_run_dir_and_leave()
+
+
+def _end_by_sigterm() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGTERM)
 

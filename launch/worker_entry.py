@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 
+from launch.job_signals import leave_sigterm_to_parent
 from launch.parent_death import PARENT_PID, RUN_DIR, die_with_parent
 
 if __name__ == "__main__":
     if RUN_DIR not in os.environ:
         # The parent is torchrun, whatever has started that one.
         os.environ.pop(PARENT_PID, None)
+    else:
+        leave_sigterm_to_parent()
     # Before the imports below, which take their time.
     die_with_parent()
 

@@ -11,6 +11,7 @@ import sys
 
 from launch.child import MEETING
 from launch.child_log import LogTee
+from launch.job_signals import sigterm_left_to_first_host
 from launch.log_dir import make_log_dir
 from launch.multihost.epoch_on_host import EpochOnHost
 from launch.multihost.frames import FrameLane
@@ -73,7 +74,7 @@ class Agent:
         self._say(f"joining {host}, port {port}")
         while True:
             lane = join(host, port, self._card, self._secret, hosts.join_timeout_s)
-            with contextlib.closing(lane):
+            with contextlib.closing(lane), sigterm_left_to_first_host():
                 why = self._take_part(lane)
             if not why:
                 self._say("the deployment has ended")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from launch.job_signals import leave_sigterm_to_parent
 from launch.parent_death import RUN_DIR, die_with_parent
 
 if __name__ == "__main__":
     # Before the imports below, which take their time.
     die_with_parent()
+    leave_sigterm_to_parent()
 
 import json
 import os

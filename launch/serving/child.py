@@ -6,7 +6,6 @@ the coordinator; to that one, a server that has died is a client that has left.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from launch.child_log import LogTee
 from launch.child_process import ChildProcess, ChildSpec
 from launch.failure import cause_of, forget_failures
+from launch.job_signals import DRAIN_SIGNAL
 from launch.rank_group import death_of, start_child
 from launch.run_dir import stack_path
 from tprt.config import SupervisionConfig
@@ -73,7 +73,7 @@ class ServerChild:
         """
         for child in self.children:
             # One that was asked before it served anything dies of the asking.
-            if child.exit_code not in (0, -signal.SIGTERM):
+            if child.exit_code not in (0, -DRAIN_SIGNAL):
                 raise EngineDeadError(cause_of(death_of(self._run_dir, child)).text)
 
     def death(self) -> Cause | None:

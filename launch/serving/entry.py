@@ -6,11 +6,13 @@ which they are removed.
 
 from __future__ import annotations
 
+from launch.job_signals import leave_sigterm_to_parent
 from launch.parent_death import RUN_DIR, die_with_parent
 
 if __name__ == "__main__":
     # Before the imports below, which take their time.
     die_with_parent()
+    leave_sigterm_to_parent()
 
 import asyncio
 import logging
@@ -81,7 +83,7 @@ def _open_heartbeats(run_dir: Path) -> HeartbeatReader | None:
 
 
 async def serve_http(config: Config, run_dir: Path, listener: socket.socket, api_keys: tuple[str, ...]) -> None:
-    """Serve until SIGTERM."""
+    """Serve until asked to end."""
     context = make_context(config, run_dir, api_keys)
     gate = DrainGate(make_app(context))
     url = url_of(listener, config.server)

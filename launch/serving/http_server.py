@@ -1,7 +1,8 @@
-"""The HTTP server in its process: serves, drains on SIGTERM, ends.
+"""The HTTP server in its process: serves, drains when asked to, ends.
 
-On SIGTERM new requests get status 503, and those inside have `server.drain_timeout_s` to finish; what has not
-finished then ends with what it has. Knows nothing of what is served.
+On DRAIN_SIGNAL, or a SIGTERM that is not left to the parent, new requests get status 503, and those inside have
+`server.drain_timeout_s` to finish; what has not finished then ends with what it has. Knows nothing of what is
+served.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from launch.job_signals import DRAIN_SIGNAL
 from tprt.config import ServerConfig
 from tprt.log import get_logger
 from tprt.server.async_engine import AsyncEngine
@@ -29,14 +31,17 @@ _KEEP_ALIVE_S = 75
 class _Uvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone: SIGTERM is handled here, and Ctrl-C reaches the parent only."""
+        """Leave signals alone: the end is asked for here, and Ctrl-C reaches the parent only."""
         yield
 
 
 async def serve(gate: DrainGate, engine: AsyncEngine, server: ServerConfig, listener: socket.socket) -> None:
-    """Serve what is behind `gate` until SIGTERM has come and all is drained; closes `engine` and `listener`."""
+    """Serve what is behind `gate` until asked to end and until all is drained; closes `engine`, `listener`."""
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(DRAIN_SIGNAL, stop.set)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
     http = _Uvicorn(_settings(gate, server))
     engine.start()
     serving = asyncio.ensure_future(http.serve([listener]))

@@ -8,11 +8,15 @@ an environment.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from launch.child_process import ChildSpec
+from launch.job_signals import reach_all_processes
 from launch.run_dir import find_named, owner_lives
 from tprt.errors import EngineDeadError, TransportTimeoutError
 
@@ -51,6 +55,28 @@ def wait_to_be_adopted(meeting: str, name: str, timeout_s: float) -> Mapping[str
         time.sleep(_LOOK_S)
     content: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def leave_sigterm_to_first_process(run_dir: Path) -> None:
+    """End this rank on SIGTERM only after the first process of its host, where that one gets the signal too.
+
+    So the first one can let requests finish, or say what has failed, and is not told of this rank's end.
+    """
+    if reach_all_processes():
+        # The main thread may be in C code for as long as it lives, and is not interrupted there.
+        noted, note = os.pipe()
+        os.set_blocking(note, False)
+        signal.set_wakeup_fd(note)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.siginterrupt(signal.SIGTERM, False)
+        threading.Thread(target=_outlive_owner, args=(run_dir, noted), name="tprt-sigterm", daemon=True).start()
+
+
+def _outlive_owner(run_dir: Path, noted: int) -> None:
+    os.read(noted, 1)
+    while owner_lives(run_dir):
+        time.sleep(_LOOK_S)
+    os._exit(128 + signal.SIGTERM)
 
 
 def _wait_for_run_dir(meeting: str, timeout_s: float) -> Path:

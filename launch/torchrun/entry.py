@@ -21,8 +21,9 @@ from pathlib import Path
 from launch.child import EPOCH, HOSTS_SECRET, MEETING
 from launch.config_file import peek_setting
 from launch.exit_codes import leave_with
+from launch.parent_death import RUN_DIR
 from launch.serving.http_socket import API_KEY
-from launch.torchrun.adoption import wait_to_be_adopted
+from launch.torchrun.adoption import leave_sigterm_to_first_process, wait_to_be_adopted
 from launch.torchrun.place import Place, overrides_of, read_place
 from tprt.errors import EngineDeadError, PeerLostError, TprtError
 
@@ -98,6 +99,7 @@ def _become_rank(place: Place) -> None:
     for name in (HOSTS_SECRET, API_KEY):
         os.environ.pop(name, None)
     os.environ.update(wait_to_be_adopted(place.meeting, f"rank {place.rank}", _FIRST_PROCESS_S))
+    leave_sigterm_to_first_process(Path(os.environ[RUN_DIR]))
 
 
 def _make_command(place: Place, arguments: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What torchrun has told this process in its environment, and what that makes of the settings.
+"""What torchrun or srun has told this process in its environment, and what that makes of the settings.
 
 For other launchers RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set by hand;
 the rest follows. Knows nothing of how ranks are started.
@@ -12,14 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.config_file import peek_setting
+from launch.torchrun.slurm import is_task, variables_of_task
 from tprt.errors import ConfigError
 
-_EXPECTED = "start this with torchrun, or with what sets the variables that torchrun sets; or take `tprt serve`"
+_EXPECTED = (
+    "start this with torchrun or srun, or with what sets the variables of torchrun; or take `tprt serve`"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process stands among those that torchrun has started.
+    """Where a process stands among those that torchrun, or another launcher, has started.
 
     Attributes:
         rank, local_rank: its number, among all and on its host.
@@ -56,11 +59,13 @@ class Place:
 
 
 def read_place(env: Mapping[str, str]) -> Place:
-    """Read the variables.
+    """Read the variables: torchrun's, or where there are none those of Slurm.
 
     Raises:
         ConfigError: one is missing or is no number, or they do not fit together; says which.
     """
+    if "RANK" not in env and is_task(env):
+        env = {**env, **variables_of_task(env)}
     world_size, local_world_size = _number(env, "WORLD_SIZE"), _number(env, "LOCAL_WORLD_SIZE")
     rank, local_rank = _number(env, "RANK"), _number(env, "LOCAL_RANK")
     if not 0 < local_world_size <= world_size or not local_rank <= rank < world_size:
@@ -77,7 +82,7 @@ def read_place(env: Mapping[str, str]) -> Place:
         nnodes=_number(env, "GROUP_WORLD_SIZE", -(-world_size // local_world_size)),
         master_addr=_text(env, "MASTER_ADDR"),
         master_port=_number(env, "MASTER_PORT"),
-        run_id=env.get("TORCHELASTIC_RUN_ID", "none"),
+        run_id=env.get("TORCHELASTIC_RUN_ID") or env.get("SLURM_JOB_ID", "none"),
         restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
         has_agent="TORCHELASTIC_RUN_ID" in env,
     )
