@@ -33,15 +33,19 @@ def gpu_in_turn(rank: int, num_ranks: int, num_gpus: int) -> tuple[int, int]:
     return index, len(range(index, num_ranks, num_gpus))
 
 
-def look_at_devices() -> list[CudaDevice]:
-    """Return the devices that this process sees; it opens each of them to find out what is free."""
+def look_at_device(index: int) -> CudaDevice:
+    """Return one of the devices that this process sees; it opens it to find out what is free."""
     import torch
 
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        devices.append(CudaDevice(torch.cuda.get_device_name(index), int(total), int(free)))
-    return devices
+    free, total = torch.cuda.mem_get_info(index)
+    return CudaDevice(torch.cuda.get_device_name(index), int(total), int(free))
+
+
+def look_at_devices() -> list[CudaDevice]:
+    """Return the devices that this process sees, one after another."""
+    import torch
+
+    return [look_at_device(index) for index in range(torch.cuda.device_count())]
 
 
 def look_from_outside(deadline_s: float = _DEADLINE_S) -> list[CudaDevice]:

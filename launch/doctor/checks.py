@@ -20,7 +20,8 @@ class Check:
 
     Attributes:
         needs_torch: it begins once torch is imported.
-        after: the check whose end it waits for where ranks compute on CUDA devices.
+        after: the check that it waits for where ranks compute on CUDA devices.
+        frees: with a line of this name it stands in nobody's way any more; if empty, with its end.
         advice: what to do when it gives no answer or fails.
     """
 
@@ -29,6 +30,7 @@ class Check:
     needs_torch: bool = False
     after: str = ""
     advice: str = "run the same command again on an idle machine; dmesg may name what holds it up"
+    frees: str = ""
 
     def load(self) -> Callable[[DoctorRequest], Iterator[Finding]]:
         """Import the check."""
@@ -47,7 +49,7 @@ CHECKS = (
     Check("versions", "launch.doctor.versions:check_versions"),
     Check("torch", "launch.doctor.versions:check_torch", needs_torch=True, advice=_TORCH),
     Check("GPU driver", "launch.doctor.nvidia_smi:check_driver", advice=_SMI),
-    Check("devices", "launch.doctor.devices:check_devices", True, "GPU driver", _SMI),
+    Check("devices", "launch.doctor.devices:check_devices", True, "GPU driver", _SMI, "computing"),
     Check("peer copies", "launch.doctor.peers:check_peers", True, "devices", _NCCL),
     Check("all-reduce", "launch.doctor.ranks:check_all_reduce", True, "devices", _NCCL),
     Check("host", "launch.doctor.host:check_host"),

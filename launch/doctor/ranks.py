@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
+from pathlib import Path
 
 import torch
 
 from launch.devices import are_gpus_linked, choose_all_reduce, place_on_gpu, prepare_shared_memory
 from launch.doctor.finding import NO_TIME, Finding, bad, ok, refused, silent, skipped, warning
-from launch.doctor.forked import ask_child
+from launch.doctor.forked import ask_child, ask_children
 from launch.doctor.hosts import interface_of
 from launch.doctor.request import DoctorRequest
 from launch.doctor.trial import LEAST_S, Trial
@@ -21,6 +23,8 @@ from tprt.errors import ConfigError
 
 _NAME = "all-reduce"
 _LONGEST_S = 6.0
+# What is tried in a process of its own gives up by itself, and is heard a little later.
+_TO_TELL_S = 0.3
 _ON_CPU: tuple[CollectiveBackend, ...] = ("shm", "gloo")
 _FIXES: dict[CollectiveBackend, str] = {
     "shm": "see whether seccomp or gVisor forbids memfd_create, or set parallel.all_reduce: gloo",
@@ -49,15 +53,37 @@ def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
     prepare_shared_memory(request.config.parallel)
     run_dir = RunDir.create(is_trial=True)
     try:
-        yield from _try_used(Trial(used, num_gpus, run_dir.path), request)
-        if used == "symm_mem" and num_gpus >= request.num_ranks:
-            # It carries what symm_mem does not.
-            yield from _try_used(Trial("nccl", num_gpus, run_dir.path), request)
-        for other in _ON_CPU:
-            if other != used:
-                yield _try_other(Trial(other, 0, run_dir.path), request)
+        yield from _try_all(used, num_gpus, run_dir.path, request)
     finally:
         run_dir.remove()
+
+
+def _try_all(used: CollectiveBackend, num_gpus: int, folder: Path, request: DoctorRequest) -> Iterator[Finding]:
+    """Try the backends that the deployment uses, and those for CPU ranks that it does not."""
+    backends = [used]
+    if used == "symm_mem" and num_gpus >= request.num_ranks:
+        # It carries what symm_mem does not.
+        backends.append("nccl")
+    tries: list[Callable[[], Iterator[Finding]]]
+    tries = [partial(_try_used, Trial(backend, num_gpus, folder), request) for backend in backends]
+    others = [Trial(other, 0, folder) for other in _ON_CPU if other != used]
+    tries.append(lambda: (_try_other(trial, request) for trial in others))
+    if not num_gpus:
+        # They would be in each other's way on the same CPUs.
+        yield from chain.from_iterable(one() for one in tries)
+        return
+    # To open a device takes longer than all sums on it, so those of one backend do not wait for another.
+    names = [*(f"{_NAME} {backend}" for backend in backends), f"{_NAME} on CPUs"]
+    answers = ask_children([partial(_all_of, one) for one in tries], request.left_s(_LONGEST_S) + _TO_TELL_S)
+    for name, backend, answer in zip(names, [*backends, _ON_CPU[-1]], answers, strict=True):
+        if isinstance(answer, Exception):
+            yield silent(name, str(answer), _FIXES[backend])
+        else:
+            yield from answer
+
+
+def _all_of(attempt: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    return list(attempt())
 
 
 def _look_at_gpus(num_ranks: int) -> tuple[int, bool]:

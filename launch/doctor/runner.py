@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import select
 import signal
 import sys
 
@@ -33,8 +34,10 @@ class Runner:
     def __init__(self, request: DoctorRequest, out_fd: int) -> None:
         self._request = request
         self._out_fd = out_fd
-        self._running: dict[int, int] = {}
-        self._ended: set[str] = set()
+        # By the pidfd of its process.
+        self._running: dict[int, tuple[int, int]] = {}
+        self._no_longer_awaited: set[str] = set()
+        self._freed_fd, self._free_fd = os.pipe()
 
     def run(self) -> None:
         """Run all checks to their end."""
@@ -51,7 +54,7 @@ class Runner:
             for number in [number for number in waiting if self._is_ready(number)]:
                 waiting.remove(number)
                 self._start(number)
-            self._wait_for_one()
+            self._wait_for_news()
 
     def _give_up(self, numbers: list[int], error: Exception) -> None:
         """Say why no check that needs torch can be made."""
@@ -63,11 +66,12 @@ class Runner:
 
     def _is_ready(self, number: int) -> bool:
         after = CHECKS[number].after
-        return not after or after in self._ended or not self._request.expects_cuda
+        return not after or after in self._no_longer_awaited or not self._request.expects_cuda
 
     def _start(self, number: int) -> None:
         self._say(number, "began")
-        self._running[fork_child(lambda: self._examine(number))] = number
+        pid = fork_child(lambda: self._examine(number))
+        self._running[os.pidfd_open(pid)] = (pid, number)
 
     def _examine(self, number: int) -> None:
         """In the process of the check: run it."""
@@ -75,21 +79,32 @@ class Runner:
         try:
             for finding in check.load()(self._request):
                 self._say(number, finding)
+                if finding.check == check.frees:
+                    os.write(self._free_fd, bytes([number]))
         except TprtError as error:
             self._say(number, refused(check.name, error, check.advice))
         except Exception as error:  # noqa: BLE001 - the outermost frame
             self._say(number, bad(check.name, f"failed: {type(error).__name__}: {error}", check.advice))
         self._say(number, "ended")
 
-    def _wait_for_one(self) -> None:
-        pid, status = os.wait()
-        number = self._running.pop(pid)
-        check, code = CHECKS[number], os.waitstatus_to_exitcode(status)
+    def _wait_for_news(self) -> None:
+        """Wait until a check has ended or stands in nobody's way any more."""
+        for fd in select.select([self._freed_fd, *self._running], [], [])[0]:
+            if fd != self._freed_fd:
+                self._take_end(fd)
+                continue
+            for number in os.read(fd, len(CHECKS)):
+                self._no_longer_awaited.add(CHECKS[number].name)
+
+    def _take_end(self, pidfd: int) -> None:
+        pid, number = self._running.pop(pidfd)
+        os.close(pidfd)
+        check, code = CHECKS[number], os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code:
             how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
             self._say(number, bad(check.name, f"the process of this check {how}", check.advice))
             self._say(number, "ended")
-        self._ended.add(check.name)
+        self._no_longer_awaited.add(check.name)
 
     def _say(self, number: int, what: Finding | str) -> None:
         said = what if isinstance(what, str) else what.to_fields()

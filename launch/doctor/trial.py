@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from launch.cuda_devices import gpu_in_turn
-from launch.doctor.forked import end_child, fork_child
+from launch.doctor.forked import end_children, fork_child
 from launch.doctor.leftovers import removing_files_of
 from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 
@@ -103,8 +103,7 @@ def _ranks(trial: Trial, sizes: Sequence[int], end_s: float) -> Iterator[list[Co
         yield connections
     finally:
         with removing_files_of(pids):
-            for pid in pids:
-                end_child(pid)
+            end_children(pids)
         for connection in connections:
             connection.close()
 

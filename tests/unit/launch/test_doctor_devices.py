@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Sequence
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from launch.cuda_devices import CudaDevice
 from launch.devices import RankDevice, place_on_gpu
 from launch.doctor import devices, peers
 from launch.doctor.devices import check_devices
-from launch.doctor.finding import Finding, Verdict, ok
+from launch.doctor.finding import Finding, Verdict
 from launch.doctor.peers import check_peers
+from launch.doctor.request import DoctorRequest
 from tests.support.checkpoint_layouts import QWEN3_600M
 from tests.support.doctoring import Rows, request_for, run_check
 
 GIB = 2**30
+WAIT_S = 30.0
 FREE = CudaDevice("NVIDIA H100", 80 * GIB, 79 * GIB)
 TAKEN = CudaDevice("NVIDIA H100", 80 * GIB, 60 * GIB)
 SMALL = CudaDevice("NVIDIA L4", 24 * GIB, 23 * GIB)
@@ -38,9 +41,9 @@ def see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> See:
 
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         monkeypatch.setattr(torch.cuda, "init", lambda: None)
-        monkeypatch.setattr(devices, "look_at_devices", lambda: list(found))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
         monkeypatch.setattr(devices, "choose_device", choose)
-        monkeypatch.setattr(devices, "_compute", lambda count: ok("computing", f"on {count}"))
+        monkeypatch.setattr(devices, "_open", lambda index: (found[index], True))
         sections["parallel"] = {"tensor_parallel_size": num_ranks} | sections.get("parallel", {})
         return run_check(check_devices, request_for(tmp_path, runtime={"device": "cuda"}, **sections))
 
@@ -51,7 +54,7 @@ def test_a_device_for_each_rank_is_well_and_the_kv_blocks_are_predicted(see: See
     rows = see([FREE, FREE, FREE], 2)
     assert {row.verdict for name, row in rows.items() if name != "attention"} == {Verdict.OK}
     assert rows["devices"].found == "2 x NVIDIA H100 with 80.00 GiB for 2 ranks; 3 visible"
-    assert rows["computing"].found == "on 2"
+    assert rows["computing"].found == "kernels run on 2 devices"
     assert "rank 1 0.56 GiB of weights on 80.00 GiB" in rows["memory"].found
     assert isinstance(rows["memory"].details["num_tokens"], int)
     assert rows["memory"].details["num_tokens"] > 10**6
@@ -68,7 +71,7 @@ def test_the_ranks_of_all_replicas_need_a_device_each(see: See) -> None:
     assert see([FREE, FREE, FREE], 2, parallel=two)["devices"].verdict is Verdict.BAD
     rows = see([FREE, FREE, FREE, FREE], 2, parallel=two)
     assert rows["devices"].found == "4 x NVIDIA H100 with 80.00 GiB for 4 ranks; 4 visible"
-    assert rows["computing"].found == "on 4"
+    assert rows["computing"].found == "kernels run on 4 devices"
 
 
 def test_ranks_that_may_share_a_device_get_a_part_of_it(see: See) -> None:
@@ -107,15 +110,15 @@ def test_a_cuda_that_does_not_work_is_named_with_what_it_says(
     assert (rows["devices"].verdict, rows["memory"].verdict) == (Verdict.BAD, Verdict.SKIPPED)
 
 
-def heard(*messages: object, num_devices: int = 2, timeout_s: float = 30.0, stays: bool = False) -> Finding:
-    """Return what is made of what the copying process says before it ends or, if it `stays`, says no more."""
+def heard(*messages: object, timeout_s: float = 30.0, stays: bool = False) -> Finding:
+    """Return what is made of what the process of a pair says before it ends or, if it `stays`, says no more."""
     receiver, sender = Pipe(duplex=False)
     with receiver, sender:
         for message in messages:
             sender.send(message)
         if not stays:
             sender.close()
-        return peers._hear(num_devices, receiver, timeout_s)
+        return peers._hear({(0, 1): receiver}, timeout_s)
 
 
 def test_copies_that_arrive_are_counted() -> None:
@@ -147,7 +150,74 @@ def test_a_pair_that_the_end_of_all_checks_cuts_short_is_not_blamed() -> None:
 
 def test_an_error_of_cuda_is_passed_on() -> None:
     assert heard((0, 1), "CUDA error: peer mapping").found == "device 0 to 1: CUDA error: peer mapping"
-    assert heard().found == "before the first copy: the process died"
+    assert heard().found == "device 0 and 1, before the first copy: the process died"
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> DoctorRequest:
+    """A request on a host with four devices, on which nothing is done."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(devices, "choose_device", lambda *arguments: None)
+    return request_for(runtime={"device": "cuda"}, parallel={"tensor_parallel_size": 4})
+
+
+def test_all_devices_are_opened_at_the_same_time(
+    four_gpus: DoctorRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = get_context("fork").Barrier(4, timeout=WAIT_S)
+
+    def open_(index: int) -> tuple[CudaDevice, bool]:
+        met.wait()
+        return FREE, index != 2
+
+    monkeypatch.setattr(devices, "_open", open_)
+    rows = run_check(check_devices, four_gpus)
+    assert rows["devices"].found == "4 x NVIDIA H100 with 80.00 GiB for 4 ranks; 4 visible"
+    assert rows["computing"].found == "wrong results on device 2"
+
+
+def test_a_device_that_cannot_be_opened_is_named(
+    four_gpus: DoctorRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_(index: int) -> tuple[CudaDevice, bool]:
+        if index == 1:
+            raise RuntimeError("uncorrectable ECC error")
+        return FREE, True
+
+    monkeypatch.setattr(devices, "_open", open_)
+    row = run_check(check_devices, four_gpus)["devices"]
+    assert (row.verdict, row.found) == (Verdict.BAD, "CUDA does not work: device 1: uncorrectable ECC error")
+
+
+def test_all_pairs_copy_at_the_same_time_and_what_is_wrong_with_each_is_told(
+    four_gpus: DoctorRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = get_context("fork").Barrier(6, timeout=WAIT_S)
+
+    def copy(source: int, target: int) -> tuple[bool, bool]:
+        if source < target:
+            met.wait()
+        return True, (source, target) != (3, 1)
+
+    monkeypatch.setattr(peers, "_copy", copy)
+    row = run_check(check_peers, four_gpus)["peer copies"]
+    assert (row.verdict, row.found) == (Verdict.BAD, "what arrived is not what was written: device 3 to 1")
+    monkeypatch.setattr(peers, "_copy", lambda source, target: (source != 0, True))
+    row = run_check(check_peers, four_gpus)["peer copies"]
+    assert (row.verdict, row.details) == (Verdict.OK, {"pairs": 12, "direct": 9})
+
+
+def test_a_pair_that_still_opens_its_devices_at_the_end_is_not_blamed(
+    four_gpus: DoctorRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: signal.pause() if device == 3 else None)
+    monkeypatch.setattr(peers, "_copy", lambda source, target: (True, True))
+    monkeypatch.setattr(peers, "_LONGEST_S", 1.0)
+    row = run_check(check_peers, four_gpus)["peer copies"]
+    assert (row.verdict, row.found[:24]) == (Verdict.SKIPPED, "6 of 12 pairs of devices")
 
 
 def test_cpu_ranks_copy_nothing_between_devices() -> None:

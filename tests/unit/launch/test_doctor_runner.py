@@ -1,0 +1,80 @@
+"""A check that waits for another begins as soon as that one stands in nobody's way, and not before."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from launch.doctor import runner
+from launch.doctor.checks import CHECKS, Check
+from launch.doctor.finding import Finding, ok
+from launch.doctor.request import DoctorRequest
+from launch.doctor.runner import Runner
+from tests.support.doctoring import request_for
+
+# By which one check of this file hears that another has run.
+HEAR, TELL = os.pipe()
+Said = list[tuple[str, str]]
+
+
+def frees_early(request: DoctorRequest) -> Iterator[Finding]:
+    """Free the others, and end only after one of them has run."""
+    yield ok("free", "")
+    assert os.read(HEAR, 1) == b"x"
+    yield ok("rest", "")
+
+
+def tells(request: DoctorRequest) -> Iterator[Finding]:
+    os.write(TELL, b"x")
+    yield ok("told", "")
+
+
+def dies(request: DoctorRequest) -> Iterator[Finding]:
+    yield from ()
+    os._exit(3)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> Said:
+    """Return what is said, in its order: the name of a check with `began`, `ended` or the name of a line."""
+    monkeypatch.setattr(runner, "CHECKS", checks)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        Runner(request_for(runtime={"device": "cuda"}), theirs.fileno()).run()
+        theirs.close()
+        said = [json.loads(message) for message in iter(lambda: ours.recv(65536), b"")]
+    return [(checks[number].name, what if isinstance(what, str) else what["check"]) for number, what in said]
+
+
+def test_a_check_that_is_freed_early_begins_before_the_other_one_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = run(
+        monkeypatch,
+        Check("first", f"{__name__}:frees_early", frees="free"),
+        Check("second", f"{__name__}:tells", needs_torch=True, after="first"),
+    )
+    order = [("first", "free"), ("second", "began"), ("first", "rest"), ("first", "ended")]
+    assert sorted(order, key=said.index) == order
+    assert said[-1][1] == "ended"
+
+
+def test_a_check_waits_for_the_end_of_one_that_frees_nobody_also_when_it_dies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = run(
+        monkeypatch,
+        Check("first", f"{__name__}:dies", frees="free"),
+        Check("second", f"{__name__}:tells", needs_torch=True, after="first"),
+    )
+    assert said[:3] == [("first", "began"), ("first", "first"), ("first", "ended")]
+    assert said[3:] == [("second", "began"), ("second", "told"), ("second", "ended")]
+    assert os.read(HEAR, 1) == b"x"
+
+
+def test_what_is_awaited_is_there() -> None:
+    names = {check.name for check in CHECKS}
+    assert {check.after for check in CHECKS if check.after} <= names
