@@ -13,7 +13,7 @@ import torch
 from launch.cuda_devices import CudaDevice, look_at_device
 from launch.devices import choose_device
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
-from launch.doctor.forked import ask_children
+from launch.doctor.forked import REAP_S, ask_children
 from launch.doctor.memory import check_memory
 from launch.doctor.request import DoctorRequest
 from launch.planning.memory import CONTEXT_BYTES
@@ -26,6 +26,9 @@ _DRIVER = "see what nvidia-smi says; in a container, give it the GPUs (Docker: -
 _IN_USE_BYTES = 2**30
 _NUM_ELEMENTS = 1024
 _LONGEST_S = 6.0
+# No device is judged that had less: some take seconds to open.
+_LEAST_S = 3.0
+_HURRY = "try again, since the second import of torch is from memory, or with --timeout-s 60"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,10 @@ def check_devices(request: DoctorRequest) -> Iterator[Finding]:
     """Open every device, each in a process of its own, let it compute, and predict the memory."""
     if not request.expects_cuda or torch.version.cuda is None:
         yield skipped(_NAME, "ranks compute on the CPU" if not request.expects_cuda else "torch has no CUDA")
+        yield from check_memory(request, ())
+        return
+    if (left_s := request.left_s(_LONGEST_S)) < _LEAST_S:
+        yield warning(_NAME, f"{left_s:.1f} s were left for them, too few to open any", _HURRY)
         yield from check_memory(request, ())
         return
     devices: Sequence[CudaDevice] = ()
@@ -67,7 +74,7 @@ def _open_all(request: DoctorRequest) -> tuple[_Visible, list[tuple[CudaDevice, 
     """
     most = max(request.num_processes, request.config.parallel.tensor_parallel_size)
     asked: list[Callable[[], Any]] = [partial(_see, request), *(partial(_open, index) for index in range(most))]
-    visible, *looks = ask_children(asked, request.left_s(_LONGEST_S))
+    visible, *looks = ask_children(asked, request.left_s(_LONGEST_S) - REAP_S)
     if isinstance(visible, Exception):
         raise visible
     opened: list[tuple[CudaDevice, bool]] = []

@@ -23,7 +23,8 @@ from tprt.errors import TprtError
 
 EXIT_RAISED = 70
 Answer = TypeVar("Answer")
-_REAP_S = 0.5
+REAP_S = 0.5
+"""How long the end of children is waited for at most."""
 
 
 def fork_child(body: Callable[[], None]) -> int:
@@ -105,7 +106,7 @@ def end_children(pids: Sequence[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + _REAP_S
+    deadline_s = time.monotonic() + REAP_S
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline_s:

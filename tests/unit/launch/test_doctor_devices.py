@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,16 @@ def test_a_cuda_that_does_not_work_is_named_with_what_it_says(
     rows = run_check(check_devices, request_for(tmp_path, runtime={"device": "cuda"}))
     assert rows["devices"].found == "CUDA does not work: Found no NVIDIA driver on your system"
     assert (rows["devices"].verdict, rows["memory"].verdict) == (Verdict.BAD, Verdict.SKIPPED)
+
+
+def test_devices_are_not_judged_when_the_import_of_torch_took_all_the_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    request = request_for(tmp_path, runtime={"device": "cuda"})
+    rows = run_check(check_devices, replace(request, end_s=time.monotonic() + 2.0))
+    assert (rows["devices"].verdict, rows["memory"].verdict) == (Verdict.WARNING, Verdict.SKIPPED)
+    assert "--timeout-s" in rows["devices"].fix
 
 
 def heard(*messages: object, timeout_s: float = 30.0, stays: bool = False) -> Finding:
