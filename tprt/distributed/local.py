@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tprt.distributed.shapes_alone import ShapesAlone
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
 
@@ -64,10 +63,6 @@ class LocalCollectives:
     def close(self) -> None:
         """Leave the group; peers that wait for this rank see that it is gone."""
         self._exchange.leave(self._rank)
-
-    def disjoined(self) -> ShapesAlone:
-        """Return what gives shapes alone."""
-        return ShapesAlone()
 
 
 class _Exchange:

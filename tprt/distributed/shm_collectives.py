@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tprt.distributed.shapes_alone import ShapesAlone
 from tprt.distributed.shm_memory import NUM_BUFFERS, ShmGroupMemory, slots_start
 from tprt.distributed.shm_rounds import ShmRounds
 from tprt.errors import TransportError
@@ -162,10 +161,6 @@ class ShmCollectives:
         self._typed_slots.clear()
         self._message_views.clear()
         self._mapping.close()
-
-    def disjoined(self) -> ShapesAlone:
-        """Return what gives shapes alone."""
-        return ShapesAlone()
 
     def _all_reduce_two_shot(self, tensor: Tensor) -> Tensor:
         whole = tensor.contiguous()

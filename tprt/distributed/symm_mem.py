@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from torch.distributed import _symmetric_memory as symm_mem
 
 from tprt.distributed.all_reduce_limits import NO_LIMIT, AllReduceLimits
 from tprt.distributed.torch_collectives import TorchCollectives
-from tprt.distributed.tp_group import Collectives
 from tprt.errors import TransportError
 
 HALF_BYTES = 16 * 2**20
@@ -68,7 +65,7 @@ class SymmMemCollectives:
         self.limits = _UNMEASURED
         self.devices = devices
         self.device = device
-        self.group: Collectives = group
+        self.group = group
         self._kernels = kernels
         self._words = words
         # Held, because the addresses are good for as long.
@@ -144,13 +141,6 @@ class SymmMemCollectives:
     def close(self) -> None:
         """Release the group; idempotent. The memory goes with the process: a peer may still read it."""
         self.group.close()
-
-    def disjoined(self) -> SymmMemCollectives:
-        """Return what compiles the kernels that this one would launch."""
-        alone = copy(self)
-        alone.group = self.group.disjoined()
-        alone._halves = replace(self._halves, launches=False)
-        return alone
 
 
 def _share(num_bytes: int, device: torch.device) -> tuple[Tensor, Any]:

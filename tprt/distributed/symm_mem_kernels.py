@@ -19,7 +19,6 @@ A rank that waits longer than its deadline stops with an error of the device, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +49,6 @@ class SharedHalves:
         half_bytes: size of a half, a multiple of 16.
         words_offset: where the words of `symm_mem_words` begin in each rank's memory.
         timeout_ns: longest wait for a peer.
-        launches: whether kernels run; without, they are compiled and no peer is met.
     """
 
     rank: int
@@ -60,7 +58,6 @@ class SharedHalves:
     half_bytes: int
     words_offset: int
     timeout_ns: int
-    launches: bool = True
 
 
 @triton.jit
@@ -253,13 +250,8 @@ def gather(output: Tensor, part: Tensor, num_elements: int, halves: SharedHalves
     _launch(_gather_kernel, _FEW_WARPS, part, arguments, halves)
 
 
-def launcher_of(kernel, halves: SharedHalves):
-    """Return what launches `kernel` in as many programs as meet, or compiles it."""
-    return kernel[(NUM_PROGRAMS,)] if halves.launches else partial(kernel.warmup, grid=(NUM_PROGRAMS,))
-
-
 def _launch(kernel, num_warps: int, like: Tensor, arguments: tuple[Any, ...], halves: SharedHalves) -> None:
-    launcher_of(kernel, halves)(
+    kernel[(NUM_PROGRAMS,)](
         *arguments,
         *(halves.addresses, halves.counts, halves.rank, halves.half_bytes, halves.timeout_ns),
         world_size=halves.world_size,

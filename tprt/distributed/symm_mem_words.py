@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tprt.distributed.symm_mem_kernels import NUM_PROGRAMS, SharedHalves, launcher_of, now_ns, stop_if_late
+from tprt.distributed.symm_mem_kernels import NUM_PROGRAMS, SharedHalves, now_ns, stop_if_late
 
 _NUM_WARPS = 4
 _TILE = 256
@@ -128,7 +128,7 @@ def can_sum_words(tensor: Tensor) -> bool:
 def sum_words(tensor: Tensor, halves: SharedHalves) -> None:
     """Sum `tensor`, of which `can_sum_words` holds, over all ranks, in place."""
     words = tensor.view(-1).view(torch.int32)
-    launcher_of(_sum_words_kernel, halves)(
+    _sum_words_kernel[(NUM_PROGRAMS,)](
         *(words, words.numel(), halves.addresses, halves.counts, halves.rank, halves.words_offset),
         halves.timeout_ns,
         world_size=halves.world_size,

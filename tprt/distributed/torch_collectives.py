@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from tprt.distributed.shapes_alone import ShapesAlone
 from tprt.errors import PeerLostError, TransportError, TransportTimeoutError
 
 TorchBackend = Literal["gloo", "nccl"]
@@ -200,10 +199,6 @@ class TorchCollectives:
         if self._open:
             self._open = False
             dist.destroy_process_group()
-
-    def disjoined(self) -> ShapesAlone:
-        """Return what gives shapes alone."""
-        return ShapesAlone()
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:

@@ -12,7 +12,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tprt.distributed.shapes_alone import ShapesAlone
 from tprt.errors import TransportError
 
 
@@ -52,12 +51,6 @@ class Collectives(Protocol):
     def close(self) -> None:
         """Release everything; idempotent. Peers that still wait see it as a lost rank."""
 
-    def disjoined(self) -> Collectives:
-        """Return collectives of this rank alone: shapes are right, values are not.
-
-        They neither send nor wait. Kernels of ours are compiled where these here would run them.
-        """
-
 
 class GroupObserver(Protocol):
     """Who is told where this rank is, so that others can see where it is stuck; must cost next to nothing."""
@@ -88,6 +81,32 @@ class _NoObserver:
         pass
 
     def leave_collective(self) -> None:
+        pass
+
+
+class _ShapesAlone:
+    """`Collectives` without peers: nothing that comes out has the right values."""
+
+    capturable = False
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = sum(sizes)
+        return tensor.new_empty(shape)
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        return tensor
+
+    def min_int(self, value: int) -> int:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -178,9 +197,9 @@ class TPGroup:
 
     @contextmanager
     def disjoined(self) -> Iterator[None]:
-        """Have collectives return what has the right shape, and neither send nor wait; see `Collectives`."""
+        """Have collectives return something of the right shape, and neither send nor wait."""
         joined, number = self.collectives, self.collective_number
-        self.collectives = ShapesAlone() if joined is None else joined.disjoined()
+        self.collectives = _ShapesAlone()
         try:
             yield
         finally:

@@ -27,8 +27,7 @@ def compiling_kernels(like: Tensor, rehearse: Callable[[], None]) -> Iterator[No
     Raises:
         Exception: what a launch of a kernel that does not compile would have raised.
     """
-    # Triton's interpreter, which runs kernels on a CPU, compiles nothing.
-    if not (like.is_cuda and kernels.can_use(like)):
+    if not kernels.can_use(like):
         yield
         return
     from tprt.kernels.compile_ahead import CompileAhead

@@ -15,8 +15,7 @@ from tprt import kernels
 from tprt.worker.compiling import compiling_kernels
 
 WAIT_S = 20.0
-# What is asked of a tensor on a GPU.
-LIKE: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+LIKE = torch.zeros(1)
 
 
 class FakeTriton:
@@ -88,7 +87,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> FakeTriton:
 
 def test_where_there_are_no_kernels_nothing_is_rehearsed() -> None:
     done = []
-    with compiling_kernels(torch.zeros(1), lambda: pytest.fail("there is nothing to compile")):
+    with compiling_kernels(LIKE, lambda: pytest.fail("there is nothing to compile")):
         done.append("body")
     assert done == ["body"]
 
