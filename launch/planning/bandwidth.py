@@ -14,10 +14,11 @@ _PEAK_GBS = (
     *(("A40", 696.0), ("T4", 320.0), ("V100", 900.0), ("RTX 6000 Ada", 960.0), ("RTX A6000", 768.0)),
     *(("RTX 5090", 1792.0), ("RTX 4090", 1008.0), ("RTX 3090", 936.0)),
 )
-# Fitted to captured decode steps of 0.6B to 70B on 1 to 4 H200 (docs/benchmarks.md): the share of the peak at
-# which memory is read, and the microseconds that kernels of a layer take besides, with one row and with more.
-SHARE_OF_PEAK = 0.79
-_ONE_ROW_LAYER_US, _LAYER_US = 24.0, 35.0
+# Fitted to captured decode steps of 0.6B and 8B on an H100 and an H200 (docs/benchmarks.md): the share of the
+# peak at which memory is read, and the microseconds that kernels of a layer take besides, with one row and with
+# more.
+SHARE_OF_PEAK = 0.82
+_ONE_ROW_LAYER_US, _LAYER_US = 16.0, 25.0
 _COPY_BYTES, _COPIES = 2**27, 5
 
 
