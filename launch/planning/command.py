@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +25,7 @@ def plan(
         list[str] | None,
         typer.Option(
             metavar="GIB[,GIB...]",
-            help="Memory of the GPUs, one value or one for each rank; without it, that of this host's GPUs.",
+            help="Memory of the GPUs, one for all or for each rank; without it, that of this host's GPUs.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of the larger batch to predict.")] = 32,
@@ -45,39 +46,55 @@ def plan(
     """
     # torch is imported for this command only
     from launch.planning.decode import DecodeOptions, forecast_decode
-    from launch.planning.plan import capacity_warnings, plan_deployment
+    from launch.planning.replica_plans import plan_replicas, replica_plans, replica_warnings
     from launch.planning.table import print_plan, to_json
 
-    settings, devices, memory = _resolve(load_config(config, set_ or ()), memory_gib)
-    planned = plan_deployment(settings, memory)
+    devices, shares = _resolve(load_config(config, set_ or ()), memory_gib)
+    plans = plan_replicas(shares)
     options = DecodeOptions(batch_size, context_len, bandwidth_gbs, allreduce_us)
+    # Tables of ranks and times are of the first replica.
+    planned, (settings, memory) = plans[0], shares[0]
     forecast = forecast_decode(settings, planned, options, devices, memory)
-    warnings = [*capacity_warnings(planned), *forecast.warnings]
+    warnings = [*replica_warnings(plans), *forecast.warnings]
+    replicas = replica_plans(plans)
     if as_json:
-        print(json.dumps(to_json(planned, forecast, warnings)))
+        print(json.dumps(to_json(planned, replicas, forecast, warnings)))
     else:
-        print_plan(planned, forecast, warnings)
+        print_plan(planned, replicas, forecast, warnings)
 
 
 def _resolve(
     config: Config, memory_gib: Sequence[str] | None
-) -> tuple[Config, Sequence[CudaDevice], Sequence[RankMemory] | None]:
-    """Return settings that leave nothing open, this host's GPUs if they matter, and the memory of each rank."""
+) -> tuple[Sequence[CudaDevice], list[tuple[Config, Sequence[RankMemory] | None]]]:
+    """Return this host's GPUs if they matter, and each replica's memory and settings with nothing left open."""
     from launch.cuda_devices import look_at_devices
     from launch.planning.memory import given_memory, memory_of_ranks, parse_memory_gib
     from launch.planning.plan import planned_device
     from launch.planning.rank_weights import fit_to_memory, resolve_rank_weights
+    from launch.planning.replica_plans import pad_devices, share_of
 
-    num_ranks = config.parallel.tensor_parallel_size
+    parallel = config.parallel
+    num_ranks, num_replicas = parallel.tensor_parallel_size, parallel.data_parallel_size
     if memory_gib:
         config = _on_cuda(config)
-        totals = parse_memory_gib(memory_gib, num_ranks)
-        return fit_to_memory(config, totals), look_at_devices(), given_memory(totals)
+        sizes = parse_memory_gib(memory_gib, num_ranks, num_replicas)
+        totals = [share_of(sizes, number, num_ranks) for number in range(num_replicas)]
+        return look_at_devices(), [(fit_to_memory(config, own), given_memory(own)) for own in totals]
     if planned_device(config).type == "cpu":
-        return resolve_rank_weights(config, look=list), (), None
+        return (), [(resolve_rank_weights(config, look=list), None)] * num_replicas
     devices = look_at_devices()
-    config = resolve_rank_weights(config, look=lambda: devices)
-    return config, devices, memory_of_ranks(devices, num_ranks, config.parallel.allow_shared_gpu)
+    if num_replicas == 1:
+        parts: list[Sequence[CudaDevice]] = [devices]
+    else:
+        padded = pad_devices(devices, num_ranks * num_replicas)
+        parts = [share_of(padded, number, num_ranks) for number in range(num_replicas)]
+    return devices, [
+        (
+            resolve_rank_weights(config, look=partial(list, own)),
+            memory_of_ranks(own, num_ranks, parallel.allow_shared_gpu),
+        )
+        for own in parts
+    ]
 
 
 def _on_cuda(config: Config) -> Config:

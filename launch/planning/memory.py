@@ -26,11 +26,12 @@ class RankMemory:
     others: int
 
 
-def parse_memory_gib(values: Sequence[str], num_ranks: int) -> list[int]:
-    """Return the bytes of each rank's device from GiB, given one by one or separated by commas.
+def parse_memory_gib(values: Sequence[str], num_ranks: int, num_replicas: int = 1) -> list[int]:
+    """Return the bytes of the device of each rank of each replica from GiB, one by one or separated by commas.
 
     Raises:
-        ConfigError: a value is no number above 0, or there is neither one for all nor one for each rank.
+        ConfigError: a value is no number above 0, or there is neither one for all, nor one for each rank of a
+            replica, nor one for each of all.
     """
     try:
         sizes = [int(float(part) * _GIB) for value in values for part in value.split(",")]
@@ -38,11 +39,14 @@ def parse_memory_gib(values: Sequence[str], num_ranks: int) -> list[int]:
         sizes = []
     if not sizes or min(sizes) <= 0:
         raise ConfigError(f"--memory-gib {' '.join(values)}: expected GiB above 0, such as 80 or 80,80,48")
-    if len(sizes) not in (1, num_ranks):
+    num_devices = num_ranks * num_replicas
+    if len(sizes) not in (1, num_ranks, num_devices):
+        several = f" in each of {num_replicas} replicas" if num_replicas > 1 else ""
         raise ConfigError(
-            f"--memory-gib has {len(sizes)} values for {num_ranks} ranks; give one for all, or one for each"
+            f"--memory-gib has {len(sizes)} values for {num_ranks} ranks{several}; give one for all, or one for"
+            " each"
         )
-    return sizes * num_ranks if len(sizes) == 1 else sizes
+    return sizes * (num_devices // len(sizes))
 
 
 def given_memory(totals: Sequence[int]) -> list[RankMemory]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.table import Table
 from launch.planning.decode import DecodeForecast
 from launch.planning.decode_time import DecodeTime
 from launch.planning.plan import DeploymentPlan, RankPlan
+from launch.planning.replica_plans import ReplicaPlan
 from tprt.worker.memory_budget import gib
 
 _MIB = 2**20
@@ -18,12 +20,23 @@ _RANK_HEADINGS = (
     *("rank", "q heads", "kv heads", "channels", "vocab", "weights MiB", "KV B/token"),
     *("blocks", "tokens"),
 )
+_REPLICA_HEADINGS = ("replica", "devices", "memory", "weights", "KV blocks", "tokens", "full sequences")
 _TIME_HEADINGS = ("ranks", "batch", "reading ms", "kernels ms", "all-reduce ms", "step ms", "tokens/s", "fits")
 _FITS = {True: "yes", False: "no", None: "?"}
 
 
-def to_json(planned: DeploymentPlan, forecast: DecodeForecast, warnings: list[str]) -> dict[str, object]:
-    """Return everything that is known, in bytes and milliseconds."""
+def to_json(
+    planned: DeploymentPlan, replicas: Sequence[ReplicaPlan], forecast: DecodeForecast, warnings: list[str]
+) -> dict[str, object]:
+    """Return everything that is known, in bytes and milliseconds.
+
+    Args:
+        planned: the first replica.
+        replicas: each, and all together as the last one.
+        forecast: of the first replica.
+        warnings: of all.
+    """
+    *each, total = replicas
     return {
         "ranks": [_rank_fields(rank, planned) | _budget_fields(rank) for rank in planned.ranks],
         "device": planned.device,
@@ -39,8 +52,17 @@ def to_json(planned: DeploymentPlan, forecast: DecodeForecast, warnings: list[st
             "assumptions": list(forecast.assumptions),
             "times": [_time_fields(time) | {"fits": forecast.fits[time.num_ranks]} for time in forecast.times],
         },
+        "num_replicas": len(each),
+        "replicas": [{"replica": int(one.name)} | _replica_fields(one) for one in each],
+        "total": _replica_fields(total),
         "warnings": warnings,
     }
+
+
+def _replica_fields(replica: ReplicaPlan) -> dict[str, object]:
+    fields = asdict(replica)
+    del fields["name"]
+    return fields | {"devices": list(replica.devices)}
 
 
 def _rank_fields(rank: RankPlan, planned: DeploymentPlan) -> dict[str, object]:
@@ -74,9 +96,18 @@ def _time_fields(time: DecodeTime) -> dict[str, object]:
     }
 
 
-def print_plan(planned: DeploymentPlan, forecast: DecodeForecast, warnings: list[str]) -> None:
-    """Print the tables, with what they rest on."""
+def print_plan(
+    planned: DeploymentPlan, replicas: Sequence[ReplicaPlan], forecast: DecodeForecast, warnings: list[str]
+) -> None:
+    """Print the tables, with what they rest on; the arguments are those of `to_json`."""
     console = Console(highlight=False)
+    *each, _ = replicas
+    if len(each) > 1:
+        console.print(_replica_table(replicas))
+        line = (
+            f"{len(each)} replicas, which serve different requests at the same time; what follows is replica 0"
+        )
+        console.print(line, markup=False, soft_wrap=True)
     console.print(_rank_table(planned))
     low, high = planned.legal_world_sizes
     dtype = str(planned.dtype).removeprefix("torch.")
@@ -109,6 +140,21 @@ def _new_table(headings: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0)
     for name in headings:
         table.add_column(name, justify="right")
+    return table
+
+
+def _replica_table(replicas: Sequence[ReplicaPlan]) -> Table:
+    table = _new_table(_REPLICA_HEADINGS)
+    for replica in replicas:
+        sizes = (replica.device_bytes, replica.weight_bytes, replica.kv_bytes)
+        counts = (replica.num_tokens, replica.max_full_sequences)
+        unknown = "?" if replica.devices else "-"
+        table.add_row(
+            replica.name,
+            ",".join(replica.devices) or "-",
+            *(unknown if size is None else gib(size) for size in sizes),
+            *("?" if count is None else f"{count:,}" for count in counts),
+        )
     return table
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from launch.cuda_devices import CudaDevice
 from launch.planning.command import plan
+from launch.planning.replica_plans import _device_names
 from tests.support.checkpoint_layouts import QWEN3_600M
 from tprt.errors import ConfigError
 
@@ -135,6 +136,85 @@ def test_too_little_memory_is_a_warning(run: Plan) -> None:
 def test_the_memory_of_gpus_is_not_that_of_cpu_ranks(run: Plan) -> None:
     with pytest.raises(ConfigError, match=r"runtime.device is cpu; set cache.cpu_memory_gib instead"):
         run("--memory-gib", "80", "--set", "runtime.device=cpu")
+
+
+TWO_REPLICAS = ("--set", "parallel.data_parallel_size=2", "--set", "parallel.tensor_parallel_size=2")
+
+
+def test_one_replica_is_all_there_is(run: Plan) -> None:
+    planned = as_json(run("--json", "--memory-gib", "80"))
+    (only,), total = planned["replicas"], planned["total"]
+    assert (planned["num_replicas"], only.pop("replica")) == (1, 0)
+    assert only == total
+    assert total["num_tokens"] == planned["num_tokens"]
+    assert "replica" not in run("--memory-gib", "80")
+
+
+def test_replicas_have_devices_of_their_own_and_hold_together_what_each_holds(run: Plan) -> None:
+    planned = as_json(run(*TWO_REPLICAS, "--json", "--memory-gib", "80"))
+    one = as_json(run(*TWO_REPLICAS[2:], "--json", "--memory-gib", "80"))
+    first, second = planned["replicas"]
+    assert (first["devices"], second["devices"]) == (["0", "1"], ["2", "3"])
+    assert planned["ranks"] == one["ranks"]
+    assert planned["num_tokens"] == one["num_tokens"]
+    assert first["weight_bytes"] == sum(rank["weight_bytes"] for rank in one["ranks"])
+    assert first["kv_bytes"] == one["num_tokens"] * sum(rank["kv_bytes_per_token"] for rank in one["ranks"])
+    total = planned["total"]
+    assert total["devices"] == ["0", "1", "2", "3"]
+    assert total["device_bytes"] == 4 * 80 * 2**30
+    for field in ("weight_bytes", "kv_bytes", "num_tokens", "max_full_sequences"):
+        assert total[field] == 2 * first[field] == 2 * second[field]
+    shown = run(*TWO_REPLICAS, "--memory-gib", "80")
+    assert f"{total['num_tokens']:,}" in shown
+    assert "2,3" in shown
+    assert "2 replicas, which serve different requests" in shown
+
+
+def test_replicas_on_unlike_devices_are_planned_one_by_one(run: Plan) -> None:
+    settings = (*TWO_REPLICAS, "--set", "parallel.rank_weights=auto")
+    planned = as_json(run(*settings, "--json", "--memory-gib", "80,48,2,2"))
+    first, second = planned["replicas"]
+    assert [one["device_bytes"] >> 30 for one in (first, second)] == [128, 4]
+    assert first["num_tokens"] > second["num_tokens"]
+    assert planned["total"]["num_tokens"] == first["num_tokens"] + second["num_tokens"]
+    assert planned["ranks"][0]["weight_bytes"] > planned["ranks"][1]["weight_bytes"]
+    assert any(line.startswith("replica 1: no KV block fits") for line in planned["warnings"])
+
+
+def test_replicas_take_the_devices_that_are_visible_in_their_order(
+    run: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gib = 2**30
+    gpus = [CudaDevice("NVIDIA H200", size * gib, size * gib) for size in (80, 80, 40)]
+    monkeypatch.setattr("launch.cuda_devices.look_at_devices", lambda: gpus)
+    monkeypatch.setattr("launch.planning.decode.are_gpus_linked", lambda num_gpus: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    planned = as_json(run(*TWO_REPLICAS, "--json"))
+    first, second = planned["replicas"]
+    assert (first["devices"], second["devices"]) == (["7", "5"], ["3", "1"])
+    # The fourth is not there, and counts as the least of them.
+    assert [one["device_bytes"] // gib for one in (first, second)] == [160, 80]
+    assert first["num_tokens"] > second["num_tokens"]
+
+
+def test_what_is_not_known_of_replicas_is_not_added_up(run: Plan) -> None:
+    planned = as_json(run(*TWO_REPLICAS, "--json"))
+    assert (planned["total"]["num_tokens"], planned["total"]["device_bytes"]) == (None, None)
+    assert planned["total"]["weight_bytes"] == 2 * planned["replicas"][0]["weight_bytes"]
+    with pytest.raises(ConfigError, match="3 values for 2 ranks in each of 2 replicas; give one for all"):
+        run(*TWO_REPLICAS, "--memory-gib", "80,80,80")
+
+
+def test_replicas_of_cpu_ranks_have_no_devices(run: Plan) -> None:
+    cpu = ("--set", "runtime.device=cpu", "--set", "cache.num_blocks=64", "--bandwidth-gbs", "10")
+    planned = as_json(run(*TWO_REPLICAS, *cpu, "--json"))
+    assert planned["total"]["devices"] == []
+    assert planned["total"]["num_tokens"] == 2 * 64 * 16
+
+
+def test_names_of_devices_are_those_that_are_visible_or_else_numbers() -> None:
+    assert _device_names(2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}) == ["GPU-a", "GPU-b"]
+    assert _device_names(2, {"CUDA_VISIBLE_DEVICES": "4"}) == _device_names(2, {}) == ["0", "1"]
 
 
 @pytest.mark.parametrize("option", ["--bandwidth-gbs=0", "--allreduce-us=-1"])
