@@ -56,6 +56,8 @@ class EngineClient:
     """Requests in flight over one lane, by the ids that this client gave them.
 
     Attributes:
+        load: tokens of the requests that have not ended: prompt, output so far and, up to a bound, what may
+            come. Without the last a replica that is slow, and so has few tokens, would seem idle.
         stats: what the engine has said last of how it does.
         num_received: messages that have come.
         num_news: those of them that were about requests.
@@ -77,6 +79,7 @@ class EngineClient:
                 been brought up to date.
             ids: where the requests get their ids from; none: they are counted.
         """
+        self.load = 0
         self.stats: EngineStats | None = None
         self.num_received = self.num_news = 0
         self._lane = lane
@@ -89,14 +92,6 @@ class EngineClient:
     def num_running(self) -> int:
         """Requests that have not ended."""
         return len(self._running)
-
-    @property
-    def load(self) -> int:
-        """Tokens of the requests that have not ended: prompt, output so far and, up to a bound, what may come.
-
-        Without the last a replica that is slow, and so has few tokens, would seem idle.
-        """
-        return sum(_tokens_of(completion) for completion in self._running.values())
 
     def hello(self) -> None:
         """Ask to be told when the engine is ready."""
@@ -115,7 +110,7 @@ class EngineClient:
         self.check(prompt_token_ids, sampling)
         request_id = next(self._ids)
         completion = Completion(prompt_token_ids, sampling)
-        self._running[request_id] = completion
+        self._hold(request_id, completion)
         self._send(AddRequest(request_id, np.array(prompt_token_ids, np.int32), sampling))
         return request_id, completion
 
@@ -134,11 +129,12 @@ class EngineClient:
     def hand_over(self) -> dict[int, Completion]:
         """Return the requests that have not ended, by id, and know nothing of them any more."""
         running, self._running = self._running, {}
+        self.load = 0
         return running
 
     def take_over(self, request_id: int, completion: Completion) -> None:
         """Go on with a request that another client has handed over, from the tokens that it has."""
-        self._running[request_id] = completion
+        self._hold(request_id, completion)
         if not completion.token_ids:
             # The prompt is scored again, from its beginning.
             completion.prompt_parts.clear()
@@ -149,7 +145,7 @@ class EngineClient:
 
     def abort(self, request_id: int) -> None:
         """Give the request up; it ends with finish reason `abort`."""
-        completion = self._running.pop(request_id, None)
+        completion = self._let_go(request_id)
         if completion is not None:
             completion.finish(FinishReason.ABORT, self._tokenizer)
             self._send(AbortRequest(request_id))
@@ -189,7 +185,7 @@ class EngineClient:
     def _take(self, message: Message) -> None:
         self.num_news += isinstance(message, RequestOutput | RequestFailed | PromptLogprobs)
         if isinstance(message, RequestFailed):
-            completion = self._running.pop(message.request_id, None)
+            completion = self._let_go(message.request_id)
             if completion is not None:
                 completion.error = message.message
                 self._on_news(message.request_id)
@@ -220,6 +216,8 @@ class EngineClient:
             if token_id >= 0:
                 if completion.sampling.logprobs is not None:
                     completion.logprobs.append(_logprobs(output, row, completion.sampling.logprobs))
+                # One that may come has come; beyond the bound another takes its place.
+                self.load += _is_bounded(completion)
                 completion.append(token_id, self._tokenizer)
             if reason != _NOT_FINISHED or completion.finished:
                 self._end(request_id, completion, FinishReason(reason))
@@ -235,8 +233,23 @@ class EngineClient:
         """End a request that the engine has finished, or that has found a stop string and must tell it."""
         if reason == FinishReason.NONE:
             self._send(AbortRequest(request_id))
+        self._let_go(request_id)
         completion.finish(reason, self._tokenizer)
-        del self._running[request_id]
+
+    def _hold(self, request_id: int, completion: Completion) -> None:
+        self._running[request_id] = completion
+        self.load += _tokens_of(completion)
+
+    def _let_go(self, request_id: int) -> Completion | None:
+        completion = self._running.pop(request_id, None)
+        if completion is not None:
+            self.load -= _tokens_of(completion)
+        return completion
+
+
+def _is_bounded(completion: Completion) -> bool:
+    """Tell whether more may come than counts."""
+    return completion.sampling.max_tokens - len(completion.token_ids) > _MAX_TO_COME
 
 
 def _tokens_of(completion: Completion) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -25,7 +26,8 @@ from tprt.messages import (
     SamplingParams,
     Shutdown,
 )
-from tprt.server.engine_client import EngineClient
+from tprt.server.engine_client import _MAX_TO_COME, EngineClient
+from tprt.server.tokenizer import Tokenizer
 from tprt.transport.channel import Buffer
 from tprt.transport.codec import decode, encode
 
@@ -214,3 +216,72 @@ def test_stats_are_asked_for_and_kept(client: EngineClient, lane: Lane) -> None:
     lane.bring(stats)
     assert client.poll(0.0) is None
     assert client.stats == stats
+
+
+class Numbers:
+    """A tokenizer whose tokens are their numbers, as a stream has them."""
+
+    def decode_stream(self) -> Numbers:
+        return self
+
+    def step(self, token_id: int) -> str:
+        return str(token_id)
+
+    def finish(self) -> str:
+        return ""
+
+
+def recomputed(client: EngineClient) -> int:
+    """Return the load of the requests that have not ended, counted anew."""
+    running = client._running.values()
+    return sum(
+        len(one.prompt_token_ids)
+        + len(one.token_ids)
+        + min(one.sampling.max_tokens - len(one.token_ids), _MAX_TO_COME)
+        for one in running
+    )
+
+
+def test_the_load_is_that_of_the_requests_that_run_whatever_happens_to_them(lane: Lane) -> None:
+    client = EngineClient(lane, cast(Tokenizer, Numbers()))
+    params = [SamplingParams(max_tokens=count) for count in (4, _MAX_TO_COME + 2, 1000)]
+    params.append(SamplingParams(max_tokens=50, stop=("8",)))
+    ids = [client.add([1, 2, 3], one)[0] for one in params]
+    expected = 4 * 3 + 4 + 2 * _MAX_TO_COME + 50
+    assert client.load == recomputed(client) == expected
+
+    def bring(*rows: tuple[int, int, FinishReason]) -> None:
+        lane.bring(output(*rows))
+        client.poll(0.0)
+        assert client.load == recomputed(client)
+
+    bring(*((request_id, 7, NONE) for request_id in ids))
+    # Of the two that may have more than counts another token is expected for the one that has come.
+    assert client.load == expected + 2
+    for _ in range(4):
+        bring((ids[1], 7, NONE), (ids[2], 7, NONE))
+    assert client.load == expected + 2 + 1 + 4
+    bring((ids[0], 7, LENGTH), (ids[3], 8, NONE), (99, 7, NONE))
+    assert client.num_running == 2
+    client.abort(ids[1])
+    client.abort(ids[1])
+    assert client.load == recomputed(client) == 3 + 5 + _MAX_TO_COME
+    lane.bring(RequestFailed(ids[2], "no"))
+    client.poll(0.0)
+    assert (client.load, client.num_running) == (0, 0)
+
+
+def test_the_load_moves_with_requests_that_are_handed_over(client: EngineClient, lane: Lane) -> None:
+    other = EngineClient(Lane(), tokenizer=None)
+    request_id, _ = client.add([1, 2], SamplingParams(max_tokens=10))
+    client.add([3], SamplingParams(max_tokens=1000))
+    lane.bring(output((request_id, 7, NONE)))
+    client.poll(0.0)
+    before = client.load
+    for moved, completion in client.hand_over().items():
+        other.take_over(moved, completion)
+    assert (client.load, other.load) == (0, before)
+    assert other.load == recomputed(other)
+    with pytest.raises(InvalidRequestError):
+        other.add([-1], GREEDY)
+    assert other.load == before
