@@ -21,6 +21,8 @@ from launch.run_dir import find_named, owner_lives
 from tprt.errors import EngineDeadError, TransportTimeoutError
 
 _LOOK_S = 0.05
+# For a rank to end in order.
+_END_S = 2.0
 
 
 def adopt(run_dir: Path, spec: ChildSpec) -> None:
@@ -76,6 +78,8 @@ def _outlive_owner(run_dir: Path, noted: int) -> None:
     os.read(noted, 1)
     while owner_lives(run_dir):
         time.sleep(_LOOK_S)
+    # Asked by the coordinator it ends by itself; where something has failed it may wait in a collective.
+    time.sleep(_END_S)
     os._exit(128 + signal.SIGTERM)
 
 

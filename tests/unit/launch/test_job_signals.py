@@ -58,10 +58,9 @@ def test_a_coordinator_in_a_job_ends_by_the_signal_of_its_parents_death_alone(
 
 
 def test_an_adopted_rank_in_a_job_ends_after_the_first_process_of_its_host() -> None:
-    code = "from launch.torchrun.adoption import leave_sigterm_to_first_process as leave\n"
-    code += (
-        f"leave(Path(os.environ[{RUN_DIR!r}]))\n{KILL_SELF}print('there', flush=True)\ntime.sleep({WAIT_S})\n"
-    )
+    code = "from launch.torchrun import adoption\nadoption._END_S = 0.0\n"
+    code += f"adoption.leave_sigterm_to_first_process(Path(os.environ[{RUN_DIR!r}]))\n"
+    code += f"{KILL_SELF}print('there', flush=True)\ntime.sleep({WAIT_S})\n"
     run_dir = RunDir.create()
     child = subprocess.Popen(
         [sys.executable, "-c", f"import os, signal, time\nfrom pathlib import Path\n{code}"],
