@@ -147,9 +147,15 @@ class Reading:
         exchange = self._exchange
         assert exchange is not None
         patience = Patience(exchange.timeout_s)
-        while self._shared_left and not self._cached_left and not exchange.is_free(self._shared_left[0][0]):
+        while (number := self._first_shared()) is not None and not self._cached_left:
+            if exchange.is_free(number):
+                return
             self._stop_if_failed()
-            patience.wait(exchange.describe_slowest(self._shared_left[0][0]))
+            patience.wait(exchange.describe_slowest(number))
+
+    def _first_shared(self) -> int | None:
+        with self._lock:
+            return self._shared_left[0][0] if self._shared_left else None
 
     def _read_own(self, chunk: Chunk, buffer: Tensor) -> None:
         if self._is_cached(chunk):
