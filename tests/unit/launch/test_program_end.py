@@ -14,6 +14,10 @@ from launch.program_end import ProgramEnd
 PROGRAM = """
 import os, signal, sys
 from launch.program_end import ProgramEnd
+# Whoever runs the tests may ignore signals (nohup, a shell's background): a child inherits that.
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 guard = ProgramEnd(lambda: print("cleaned up", flush=True))
 """
 
