@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 from launch.child import REPLICA
 from launch.child_process import ChildSpec
@@ -24,6 +25,7 @@ from tprt.config import Config
 from tprt.errors import ConfigError
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def share_out(
     Raises:
         ConfigError: there are too few devices, they cannot be looked at, or torchrun has started the ranks.
     """
-    num_replicas = config.parallel.data_parallel_size
+    num_replicas, size = config.parallel.data_parallel_size, config.parallel.tensor_parallel_size
     if num_replicas == 1:
         only = resolve_rank_weights(config, look)
         return [Replica(0, "", run_dir, only, {RUN_DIR: str(run_dir)}, {})]
@@ -79,9 +81,9 @@ def share_out(
     devices, look_once = visible_devices(config, count), cache(look)
     replicas = []
     for number, folder in enumerate(replica_dirs(run_dir, num_replicas)):
-        mine = devices[_own(number, config)]
+        mine = share_of(devices, number, size)
         env = {RUN_DIR: str(folder), DEPLOYMENT_DIR: str(run_dir), REPLICA: str(number)}
-        own = resolve_rank_weights(_with_threads(config), partial(_look_at_own, look_once, number, config))
+        own = resolve_rank_weights(_with_threads(config), partial(_look_at_own, look_once, number, size))
         rank_env = {VISIBLE_DEVICES: ",".join(mine)} if mine else {}
         replicas.append(Replica(number, f"replica {number}", folder, own, env, rank_env))
     return replicas
@@ -110,13 +112,13 @@ def visible_devices(
     return [str(index) for index in range(num_gpus)] if given is None else given.split(",")[:num_gpus]
 
 
-def _own(number: int, config: Config) -> slice:
-    size = config.parallel.tensor_parallel_size
-    return slice(number * size, (number + 1) * size)
+def share_of(items: Sequence[Item], number: int, size: int) -> Sequence[Item]:
+    """Return what replica `number` of `size` ranks has of what all ranks have."""
+    return items[number * size : (number + 1) * size]
 
 
-def _look_at_own(look: Callable[[], Sequence[CudaDevice]], number: int, config: Config) -> Sequence[CudaDevice]:
-    return look()[_own(number, config)]
+def _look_at_own(look: Callable[[], Sequence[CudaDevice]], number: int, size: int) -> Sequence[CudaDevice]:
+    return share_of(look(), number, size)
 
 
 def _with_threads(config: Config) -> Config:

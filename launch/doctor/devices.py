@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -41,17 +41,21 @@ class _Visible:
 
 def check_devices(request: DoctorRequest) -> Iterator[Finding]:
     """Open every device, each in a process of its own, let it compute, and predict the memory."""
+    devices: Sequence[CudaDevice] = ()
     if not request.expects_cuda or torch.version.cuda is None:
         yield skipped(_NAME, "ranks compute on the CPU" if not request.expects_cuda else "torch has no CUDA")
-        yield from check_memory(request, ())
-        return
-    if (left_s := request.left_s(_LONGEST_S)) < _LEAST_S:
+    elif (left_s := request.left_s(_LONGEST_S)) < _LEAST_S:
         yield warning(_NAME, f"{left_s:.1f} s were left for them, too few to open any", _HURRY)
-        yield from check_memory(request, ())
-        return
+    else:
+        devices = yield from _look(request, left_s - REAP_S)
+    yield from check_memory(request, devices)
+
+
+def _look(request: DoctorRequest, timeout_s: float) -> Generator[Finding, None, Sequence[CudaDevice]]:
+    """Open and judge the devices, and return those that could be opened."""
     devices: Sequence[CudaDevice] = ()
     try:
-        visible, looks = _open_all(request)
+        visible, looks = _open_all(request, timeout_s)
         devices = [device for device, _ in looks]
         if visible.refusal is not None:
             raise visible.refusal
@@ -61,10 +65,10 @@ def check_devices(request: DoctorRequest) -> Iterator[Finding]:
         yield refused(_NAME, error, _DRIVER)
     except RuntimeError as error:
         yield bad(_NAME, f"CUDA does not work: {error}", _DRIVER)
-    yield from check_memory(request, devices)
+    return devices
 
 
-def _open_all(request: DoctorRequest) -> tuple[_Visible, list[tuple[CudaDevice, bool]]]:
+def _open_all(request: DoctorRequest, timeout_s: float) -> tuple[_Visible, list[tuple[CudaDevice, bool]]]:
     """Return what is visible, and of each device of the ranks what it is and whether it computes.
 
     To open a device takes its time, so all are opened side by side, before it is known how many there are.
@@ -74,7 +78,7 @@ def _open_all(request: DoctorRequest) -> tuple[_Visible, list[tuple[CudaDevice, 
     """
     most = max(request.num_processes, request.config.parallel.tensor_parallel_size)
     asked: list[Callable[[], Any]] = [partial(_see, request), *(partial(_open, index) for index in range(most))]
-    visible, *looks = ask_children(asked, request.left_s(_LONGEST_S) - REAP_S)
+    visible, *looks = ask_children(asked, timeout_s)
     if isinstance(visible, Exception):
         raise visible
     opened: list[tuple[CudaDevice, bool]] = []

@@ -71,7 +71,8 @@ def _resolve(
     from launch.planning.memory import given_memory, memory_of_ranks, parse_memory_gib
     from launch.planning.plan import planned_device
     from launch.planning.rank_weights import fit_to_memory, resolve_rank_weights
-    from launch.planning.replica_plans import pad_devices, share_of
+    from launch.planning.replica_plans import pad_devices
+    from launch.replicas import share_of
 
     parallel = config.parallel
     num_ranks, num_replicas = parallel.tensor_parallel_size, parallel.data_parallel_size

@@ -8,15 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from launch.cuda_devices import CudaDevice
 from launch.planning.memory import RankMemory
 from launch.planning.plan import DeploymentPlan, capacity_warnings, plan_deployment
-from launch.replicas import VISIBLE_DEVICES
+from launch.replicas import VISIBLE_DEVICES, share_of
 from tprt.config import Config
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +58,6 @@ def replica_plans(plans: Sequence[DeploymentPlan], env: Mapping[str, str] = os.e
     names = _device_names(len(plans) * size, env) if plans[0].device != "cpu" else []
     each = [_sum_up(str(number), [plan], share_of(names, number, size)) for number, plan in enumerate(plans)]
     return [*each, _sum_up("all", plans, names)]
-
-
-def share_of(items: Sequence[Item], number: int, size: int) -> Sequence[Item]:
-    """Return what replica `number` of `size` ranks has of what all ranks have."""
-    return items[number * size : (number + 1) * size]
 
 
 def pad_devices(devices: Sequence[CudaDevice], num_ranks: int) -> list[CudaDevice]:

@@ -79,9 +79,8 @@ def _dot_tile_of_many(columns: int, inputs: int) -> DotTile:
     """Take wide tiles where they are programs enough: each reads all rows of the input."""
     if columns >= 32 * _MANY_PROGRAMS:
         return DotTile(32, 128, 1, 4, 4)
-    if inputs <= 2048:
-        return DotTile(16, 256, _splits(columns, inputs, _MANY_PROGRAMS), 4, 3)
-    return DotTile(16, 128, _splits(columns, inputs, _MANY_PROGRAMS), 4, 4)
+    piece, num_stages = (256, 3) if inputs <= 2048 else (128, 4)
+    return DotTile(16, piece, _splits(columns, inputs, _MANY_PROGRAMS), 4, num_stages)
 
 
 def _splits(columns: int, inputs: int, num_programs: int) -> int:

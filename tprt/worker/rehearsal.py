@@ -13,7 +13,7 @@ import numpy as np
 
 from tprt.config import SchedulerConfig
 from tprt.messages import StepInput
-from tprt.worker.workspace import largest_step
+from tprt.worker.workspace import largest_step, prompt_step
 
 # As many rows as tensor cores multiply at once, two and four times as many, and more than that.
 _PROMPT_LENS = (16, 32, 64, 128)
@@ -31,27 +31,5 @@ def steps_to_rehearse(scheduler: SchedulerConfig, max_model_len: int, block_size
     for num_tokens in sorted({min(num_tokens, longest) for num_tokens in _PROMPT_LENS}):
         for num_cached in (0, block_size):
             if num_cached + num_tokens <= max_model_len:
-                steps.append(_prompt(num_tokens, num_cached, block_size))
+                steps.append(prompt_step(np.array([num_tokens], np.int32), block_size, num_cached))
     return steps
-
-
-def _prompt(num_tokens: int, num_cached: int, block_size: int) -> StepInput:
-    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-    context_len = num_cached + num_tokens
-    return StepInput(
-        epoch=0,
-        step=0,
-        num_decodes=0,
-        seq_slots=zero,
-        query_lens=one * num_tokens,
-        context_lens=one * context_len,
-        token_ids=np.zeros(num_tokens, np.int32),
-        block_ids=np.zeros(-(-context_len // block_size), np.int32),
-        samples=np.ones(1, np.uint8),
-        temperatures=np.zeros(1, np.float32),
-        top_ks=zero,
-        top_ps=np.ones(1, np.float32),
-        min_ps=np.zeros(1, np.float32),
-        seeds=np.zeros(1, np.int64),
-        num_logprobs=-one,
-    )

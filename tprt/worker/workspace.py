@@ -6,12 +6,14 @@ that live at the same time; kernels that allocate on their own are not in it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from tprt.checkpoint_config import CheckpointConfig
 from tprt.config import SchedulerConfig
-from tprt.messages import MAX_LOGPROBS, StepInput
+from tprt.messages import MAX_LOGPROBS, Int32Array, StepInput
 from tprt.sharding import RankShard
 
 # Per token of a step: its id, its position and its KV slot.
@@ -28,22 +30,36 @@ def largest_step(scheduler: SchedulerConfig, max_model_len: int, block_size: int
     num_tokens = min(scheduler.max_num_batched_tokens, num_seqs * max_model_len)
     lens = np.full(num_seqs, num_tokens // num_seqs, np.int32)
     lens[: num_tokens % num_seqs] += 1
+    return replace(
+        prompt_step(lens, block_size),
+        temperatures=np.ones(num_seqs, np.float32),
+        top_ps=np.full(num_seqs, 0.5, np.float32),
+        num_logprobs=np.full(num_seqs, MAX_LOGPROBS, np.int32),
+    )
+
+
+def prompt_step(query_lens: Int32Array, block_size: int, num_cached: int = 0) -> StepInput:
+    """Return a greedy step of prompts of `query_lens` `[S]` tokens, each behind `num_cached` that are computed.
+
+    All tokens are 0, and all KV blocks are number 0.
+    """
+    num_seqs, context_lens = len(query_lens), query_lens + np.int32(num_cached)
     return StepInput(
         epoch=0,
         step=0,
         num_decodes=0,
         seq_slots=np.arange(num_seqs, dtype=np.int32),
-        query_lens=lens,
-        context_lens=lens,
-        token_ids=np.zeros(num_tokens, np.int32),
-        block_ids=np.zeros(int((-(-lens // block_size)).sum()), np.int32),
+        query_lens=query_lens,
+        context_lens=context_lens,
+        token_ids=np.zeros(int(query_lens.sum()), np.int32),
+        block_ids=np.zeros(int((-(-context_lens // block_size)).sum()), np.int32),
         samples=np.ones(num_seqs, np.uint8),
-        temperatures=np.ones(num_seqs, np.float32),
+        temperatures=np.zeros(num_seqs, np.float32),
         top_ks=np.zeros(num_seqs, np.int32),
-        top_ps=np.full(num_seqs, 0.5, np.float32),
+        top_ps=np.ones(num_seqs, np.float32),
         min_ps=np.zeros(num_seqs, np.float32),
         seeds=np.zeros(num_seqs, np.int64),
-        num_logprobs=np.full(num_seqs, MAX_LOGPROBS, np.int32),
+        num_logprobs=np.full(num_seqs, -1, np.int32),
     )
 
 

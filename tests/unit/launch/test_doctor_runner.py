@@ -38,8 +38,16 @@ def dies(request: DoctorRequest) -> Iterator[Finding]:
     os._exit(3)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> Said:
-    """Return what is said, in its order: the name of a check with `began`, `ended` or the name of a line."""
+def run_behind(first: str, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """Run a check that may free the other early, and one that waits for it.
+
+    Returns:
+        what is said, in its order: the name of a check with `began`, `ended` or the name of a line.
+    """
+    checks = (
+        Check("first", f"{__name__}:{first}", frees="free"),
+        Check("second", f"{__name__}:tells", needs_torch=True, after="first"),
+    )
     monkeypatch.setattr(runner, "CHECKS", checks)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -52,11 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> Said:
 def test_a_check_that_is_freed_early_begins_before_the_other_one_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = run(
-        monkeypatch,
-        Check("first", f"{__name__}:frees_early", frees="free"),
-        Check("second", f"{__name__}:tells", needs_torch=True, after="first"),
-    )
+    said = run_behind("frees_early", monkeypatch)
     order = [("first", "free"), ("second", "began"), ("first", "rest"), ("first", "ended")]
     assert sorted(order, key=said.index) == order
     assert said[-1][1] == "ended"
@@ -65,11 +69,7 @@ def test_a_check_that_is_freed_early_begins_before_the_other_one_has_ended(
 def test_a_check_waits_for_the_end_of_one_that_frees_nobody_also_when_it_dies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = run(
-        monkeypatch,
-        Check("first", f"{__name__}:dies", frees="free"),
-        Check("second", f"{__name__}:tells", needs_torch=True, after="first"),
-    )
+    said = run_behind("dies", monkeypatch)
     assert said[:3] == [("first", "began"), ("first", "first"), ("first", "ended")]
     assert said[3:] == [("second", "began"), ("second", "told"), ("second", "ended")]
     assert os.read(HEAR, 1) == b"x"
