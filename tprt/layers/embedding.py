@@ -28,9 +28,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """`token_ids` `[T]` to `[T, H]`."""
-        if self._group.world_size == 1:
-            return functional.embedding(token_ids, self.weight)
-        return self._group.all_reduce(self._look_up_own(token_ids))
+        found = self._look_up_own(token_ids)
+        return found if self._group.world_size == 1 else self._group.all_reduce(found)
 
     def _look_up_own(self, token_ids: Tensor) -> Tensor:
         """Return what this rank has, zeros for the other tokens."""
@@ -38,6 +37,8 @@ class VocabParallelEmbedding(nn.Module):
             from tprt.kernels.embedding import look_up_own
 
             return look_up_own(token_ids, self.weight, self._rows.start)
+        if self._group.world_size == 1:
+            return functional.embedding(token_ids, self.weight)
         local = token_ids - self._rows.start
         foreign = (local < 0) | (local >= self._rows.size)
         found = functional.embedding(local.masked_fill(foreign, 0), self.weight)

@@ -169,14 +169,15 @@ class DecodeGraphs:
         columns.context_lens.zero_()
 
     def _forward(self, columns: DecodeColumns) -> Tensor:
-        self._tables.write(columns.changed_places, columns.changed_values)
-        token_ids = torch.where(
-            columns.token_ids < 0, self._inputs.last_token_ids[columns.slots], columns.token_ids
-        )
+        from tprt.kernels.begin_decode import begin_decode
+
+        changes = columns.changed_places, columns.changed_values
+        last, tables = self._inputs.last_token_ids, self._tables.device_tables
+        token_ids, block_tables = begin_decode(columns.token_ids, last, columns.slots, tables, changes)
         context = Context(
             slot_mapping=columns.slot_mapping,
             context_lens=columns.context_lens,
-            block_tables=self._tables.device_tables.index_select(0, columns.slots),
+            block_tables=block_tables,
             max_seqlen_k=self._max_model_len,
         )
         set_context(context)
