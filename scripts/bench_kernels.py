@@ -27,7 +27,8 @@ from tprt import kernels
 from tprt.distributed import TPGroup
 from tprt.kernels.gated_gemv import can_multiply_gated, multiply_gated
 from tprt.kernels.gemv import can_multiply, multiply_rows
-from tprt.kernels.qk_rotary import HeadNorms, RotaryTables, prepare_attention
+from tprt.kernels.preparation import HeadNorms, Preparation
+from tprt.kernels.qk_rotary import prepare_attention
 from tprt.layers.activation import SiluAndMul
 from tprt.layers.norm import RMSNorm
 from tprt.layers.rotary import RotaryEmbedding
@@ -157,12 +158,12 @@ def attention_case(rows: int, model: Model) -> Case:
     with torch.device("cuda"):
         rotation = RotaryEmbedding(HEAD_DIM, 4096, 1e6)(torch.arange(rows))
         slots = torch.arange(rows) * 16
-    tables = RotaryTables(rotation.cos, rotation.signed_sin, rotation.positions)
     weights = HeadNorms(norms[0].weight, norms[1].weight, 1e-6)
+    how = Preparation(rotation.cos, rotation.signed_sin, rotation.positions, weights)
     counts = (model.heads, model.kv_heads)
 
     def by_kernel(index: int) -> object:
-        return prepare_attention(qkvs[index], counts, tables, weights, (cache, slots), keep_keys=False)
+        return prepare_attention(qkvs[index], counts, how, (cache, slots), keep_keys=False)
 
     def by_torch(index: int) -> object:
         query, key, value = torch.split(qkvs[index], [*counts, model.kv_heads], dim=1)

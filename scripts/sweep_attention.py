@@ -73,7 +73,7 @@ def sweep_lines(deadline_s: float) -> Iterator[str]:
 
 def _decode_tiles() -> Iterator[str]:
     pool, backend = Pool(), TritonBackend(HEAD_DIM**-0.5)
-    chosen = decode_tile(2, HEAD_DIM, DTYPE.itemsize, Traits.of(torch.device("cuda")))
+    chosen = decode_tile(2, HEAD_DIM, DTYPE.itemsize, Traits.of(torch.device("cuda")), prepares=False)
     yield _heading("decode: tokens warps stages")
     for tile in _DECODE_TILES:
         _set("decode_tile", tile)

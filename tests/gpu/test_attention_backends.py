@@ -12,6 +12,7 @@ from launch import LLM, SamplingParams
 from tests.support.checkpoints import TinyModel, reference_logits, reference_tokens, save_tiny
 from tests.support.local_engine import LocalEngine, make_config
 from tests.support.paged_attention import PagedBatch, Shape
+from tests.support.prepared_decodes import PreparedDecodes
 from tprt.attention import AttentionBackend, AttentionSetup, make_attention_backend
 from tprt.config import Config
 from tprt.context import Context
@@ -59,6 +60,18 @@ def test_decodes_of_any_length(case: tuple[AttentionBackend, Shape]) -> None:
     batch.check(batch.run(backend, num_decodes=len(DECODES)))
     alone = PagedBatch(shape, cached=[1023], new=[1])
     alone.check(alone.run(backend, num_decodes=1))
+
+
+@pytest.mark.parametrize("has_norms", [True, False], ids=["norms", "plain"])
+@pytest.mark.parametrize("cached", [DECODES, [(37 * row) % 500 for row in range(300)]], ids=["few", "many"])
+def test_heads_that_the_decode_itself_prepares(
+    case: tuple[AttentionBackend, Shape], cached: list[int], has_norms: bool
+) -> None:
+    backend, shape = case
+    batch = PagedBatch(shape, cached, new=[1] * len(cached))
+    assert backend.prepares(8, batch.cache) == (backend.name != "flash_attn")
+    if backend.prepares(8, batch.cache):
+        PreparedDecodes(batch, has_norms).check(backend)
 
 
 def test_prompts_from_their_own_tokens(case: tuple[AttentionBackend, Shape]) -> None:

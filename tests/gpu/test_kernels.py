@@ -155,7 +155,7 @@ class Attending:
     """The inputs of `prepare_attention`; slots in any order, every third token without one."""
 
     def __init__(self, heads: tuple[int, int, int], tokens: int, dtype: torch.dtype, has_norms: bool) -> None:
-        from tprt.kernels.qk_rotary import HeadNorms
+        from tprt.kernels.preparation import HeadNorms
 
         self.num_q, self.num_kv, size = heads
         self.qkv = rand(tokens, self.num_q + 2 * self.num_kv, size, dtype=dtype)
@@ -186,13 +186,14 @@ class Attending:
         return parts[0], parts[1], cache
 
     def found(self, keep_keys: bool = True, writes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        from tprt.kernels.qk_rotary import RotaryTables, prepare_attention
+        from tprt.kernels.preparation import Preparation
+        from tprt.kernels.qk_rotary import prepare_attention
 
+        rotation = self.rotation
         return prepare_attention(
             self.qkv,
             (self.num_q, self.num_kv),
-            RotaryTables(self.rotation.cos, self.rotation.signed_sin, self.rotation.positions),
-            self.norms,
+            Preparation(rotation.cos, rotation.signed_sin, rotation.positions, self.norms),
             (self.cache, self.slots) if writes else None,
             keep_keys,
         )
@@ -226,6 +227,40 @@ def test_keys_stay_as_they_are_where_nobody_reads_them_and_nothing_is_stored_wit
     assert case.qkv.equal(before)
     assert case.cache.equal(cache)
     assert_close(query, case.expected()[0], scale=2 * float(query.abs().max()))
+
+
+# The begin of a captured decode.
+
+
+@pytest.mark.parametrize(("num_seqs", "width"), [(1, 1), (5, 40), (64, 128), (300, 700)])
+def test_a_decode_begins_with_the_tokens_and_the_changed_tables_of_its_slots(num_seqs: int, width: int) -> None:
+    from tprt.kernels.begin_decode import begin_decode
+
+    generator, num_slots = torch.Generator().manual_seed(num_seqs), num_seqs + 7
+
+    def numbers(limit: int, *size: int) -> Tensor:
+        return torch.randint(limit, size, generator=generator)
+
+    # The last three are padding: all of one slot.
+    slots = torch.randperm(num_slots, generator=generator)[:num_seqs]
+    slots[-3:] = slots[-1]
+    tables, last = numbers(1000, num_slots, width).int(), numbers(500, num_slots)
+    token_ids = numbers(500, num_seqs)
+    token_ids[::2] = -1
+    places = (slots * width + numbers(width, num_seqs)).unique()
+    values = numbers(1000, len(places)).int()
+    changed = tables.clone()
+    changed.view(-1)[places] = values
+    expected = torch.where(token_ids < 0, last[slots], token_ids), changed[slots]
+    tables = tables.to(DEVICE)
+    found = begin_decode(
+        *(given.to(DEVICE) for given in (token_ids, last, slots)),
+        tables,
+        (places.to(DEVICE), values.to(DEVICE)),
+    )
+    assert found[0].cpu().equal(expected[0])
+    assert found[1].cpu().equal(expected[1])
+    assert tables.cpu().equal(changed)
 
 
 # Sampling.

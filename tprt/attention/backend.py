@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tprt.context import Context
+from tprt.kernels.preparation import Preparation
 
 
 class AttentionBackend(ABC):
@@ -45,3 +46,23 @@ class AttentionBackend(ABC):
     @abstractmethod
     def decode(self, query: Tensor, kv_cache: Tensor, context: Context) -> Tensor:
         """Attend with one query token for each sequence, `[S, h, D]`, over its `context_lens` tokens."""
+
+    def prepares(self, num_seqs: int, kv_cache: Tensor) -> bool:
+        """Tell whether a step of `num_seqs` decodes over `kv_cache` is for `prepare_and_decode`."""
+        return False
+
+    def prepare_and_decode(self, heads: Tensor, how: Preparation, kv_cache: Tensor, context: Context) -> Tensor:
+        """Do all between projection and output of a step of decodes: prepare, store keys and values, attend.
+
+        Tokens go to the slots that `block_tables` and `context_lens` say; those of `slot_mapping` are the same.
+
+        Args:
+            heads: as projected, `[S, h + 2 kv, D]`, a token's end to end.
+            how: what `heads` become before they attend.
+            kv_cache: `[2, N, block_size, kv, D]`.
+            context: of this batch.
+
+        Returns:
+            `[S, h, D]`.
+        """
+        raise NotImplementedError(f"{self.name} takes queries that are prepared")

@@ -15,6 +15,7 @@ from torch import Tensor
 from tprt.attention.backend import AttentionBackend
 from tprt.attention.triton import TritonBackend, store_kv
 from tprt.context import Context
+from tprt.kernels.preparation import Preparation
 
 
 class FlashAttention3Backend(AttentionBackend):
@@ -55,6 +56,12 @@ class FlashAttention3Backend(AttentionBackend):
 
     def decode(self, query: Tensor, kv_cache: Tensor, context: Context) -> Tensor:
         return self._decoder.decode(query, kv_cache, context)
+
+    def prepares(self, num_seqs: int, kv_cache: Tensor) -> bool:
+        return self._decoder.prepares(num_seqs, kv_cache)
+
+    def prepare_and_decode(self, heads: Tensor, how: Preparation, kv_cache: Tensor, context: Context) -> Tensor:
+        return self._decoder.prepare_and_decode(heads, how, kv_cache, context)
 
     def _kv_lens_of(self, context: Context) -> Tensor:
         """Return the KV length of every sequence, `[S]` int32, made by the first layer of a step."""

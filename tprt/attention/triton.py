@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from tprt.attention.backend import AttentionBackend
-from tprt.attention.triton_kernels import decode_kernel, merge_kernel, prefill_kernel, store_kernel
-from tprt.attention.triton_tiles import Traits, decode_tile, num_splits, padded, prefill_tile
+from tprt.attention.triton_decode import decode_kernel, merge_kernel
+from tprt.attention.triton_kernels import prefill_kernel, store_kernel
+from tprt.attention.triton_tiles import Traits, decode_tile, num_splits, padded, prefill_tile, prepares_heads
 from tprt.context import Context
 from tprt.kernels.dependent_launch import dependent_options
+from tprt.kernels.preparation import Preparation
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -32,6 +34,10 @@ def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
         num_elements=size,
         padded_elements=padded(size),
     )
+
+
+# What a program that has all of a sequence's tokens fetches while the kernel before still runs.
+_TILES_AHEAD = 2
 
 
 class TritonBackend(AttentionBackend):
@@ -62,13 +68,27 @@ class TritonBackend(AttentionBackend):
         self._decode(output, _end_to_end(query), kv_cache, context)
         return output
 
-    def _decode(self, output: Tensor, query: Tensor, kv_cache: Tensor, context: Context) -> None:
-        """Attend with one token of each sequence over its tokens in `splits` parts, and merge the parts."""
+    def prepares(self, num_seqs: int, kv_cache: Tensor) -> bool:
+        return prepares_heads(num_seqs, kv_cache.shape[3], self._traits_of(kv_cache.device).processors)
+
+    def prepare_and_decode(self, heads: Tensor, how: Preparation, kv_cache: Tensor, context: Context) -> Tensor:
+        (num_seqs, num_heads, head_dim), kv_heads = heads.shape, kv_cache.shape[3]
+        output = heads.new_empty(num_seqs, num_heads - 2 * kv_heads, head_dim)
+        self._decode(output, heads, kv_cache, context, how)
+        return output
+
+    def _decode(
+        self, output: Tensor, query: Tensor, kv_cache: Tensor, context: Context, how: Preparation | None = None
+    ) -> None:
+        """Attend with one token of each sequence over its tokens in `splits` parts, and merge the parts.
+
+        `query` `[S, h, D]`, or with `how` they become that all projected heads `[S, h + 2 kv, D]`.
+        """
         assert context.block_tables is not None
-        (num_seqs, heads, head_dim), (block_size, kv_heads) = query.shape, kv_cache.shape[2:4]
+        (num_seqs, heads, head_dim), (block_size, kv_heads) = output.shape, kv_cache.shape[2:4]
         traits = self._traits_of(query.device)
-        tile = decode_tile(heads // kv_heads, head_dim, query.element_size(), traits)
-        splits = num_splits(num_seqs, kv_heads, traits.processors)
+        splits, prepares = num_splits(num_seqs, kv_heads, traits.processors), how is not None
+        tile = decode_tile(heads // kv_heads, head_dim, query.element_size(), traits, prepares)
         partial = lse = output
         if splits > 1:
             partial = output.new_empty(num_seqs, heads, splits, head_dim, dtype=torch.float32)
@@ -76,6 +96,7 @@ class TritonBackend(AttentionBackend):
         key_cache, value_cache = kv_cache.unbind()
         decode_kernel[(kv_heads, splits, num_seqs)](
             *(partial, lse, query, key_cache, value_cache, context.block_tables, context.context_lens),
+            *_tables_and_weights(query, how),
             *(self._scale_log2, query.stride(0), key_cache.stride(1), context.block_tables.stride(0)),
             group=heads // kv_heads,
             rows=tile.rows,
@@ -84,6 +105,9 @@ class TritonBackend(AttentionBackend):
             block_size=block_size,
             tile=tile.tokens,
             num_splits=splits,
+            prepares=prepares,
+            norms=how is not None and how.norms is not None,
+            ahead=_TILES_AHEAD * tile.tokens if prepares and splits == 1 else 0,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **dependent_options(query.device),
@@ -139,6 +163,14 @@ def _where_keys_are(
         return context.cu_seqlens_q, _end_to_end(qkv[1]), _end_to_end(qkv[2]), 0
     key_cache, value_cache = kv_cache.unbind()
     return context.block_tables[context.num_decodes :], key_cache, value_cache, kv_cache.shape[2]
+
+
+def _tables_and_weights(query: Tensor, how: Preparation | None) -> tuple[Tensor | float, ...]:
+    """Return what the kernel prepares heads with. What it is told not to look at may be any tensor."""
+    if how is None:
+        return (query,) * 4 + (0.0,)
+    norms = (query, query, 0.0) if how.norms is None else (how.norms.query, how.norms.key, how.norms.eps)
+    return how.cos, how.signed_sin, *norms
 
 
 def _end_to_end(heads: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-"""The Triton kernels of paged attention: store, decode in splits, merge of splits, prefill.
+"""The Triton kernels of paged attention that store and prefill, and what those of decodes share with them.
 
 Scores are kept in base 2, so that `exp2` serves: `scale_log2` is the softmax scale times log2(e). Products
 accumulate in float32, and float32 inputs are multiplied as such (`ieee`), not rounded to tf32. The heads of one
@@ -10,8 +10,6 @@ width of the block tables: both change from step to step, and each new kind woul
 
 import triton
 import triton.language as tl
-
-from tprt.kernels.dependent_launch import await_predecessor
 
 
 @triton.jit(do_not_specialize_on_alignment=["slot_mapping"])
@@ -100,97 +98,6 @@ def attend(  # noqa: PLR0913
         peak, total = new_peak, total * factor + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
     return peak, total, acc
-
-
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_tables", "context_lens"])
-def decode_kernel(  # noqa: PLR0913
-    output,
-    lse,
-    query,
-    keys,
-    values,
-    block_tables,
-    context_lens,
-    scale_log2,
-    query_stride,
-    slot_stride,
-    table_stride,
-    group: tl.constexpr,
-    rows: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_dim: tl.constexpr,
-    block_size: tl.constexpr,
-    tile: tl.constexpr,
-    num_splits: tl.constexpr,
-    dependent: tl.constexpr,
-):
-    """One program for (KV head, split, sequence): the query heads of the KV group are rows of one matrix.
-
-    A split is an equal share, in whole tiles, of the tokens that this sequence has. Writes `output`
-    `[S, h, num_splits, D]`, each split as if it were alone, and its log-sum-exp to `lse` `[S, h, num_splits]`
-    when there are several; a split without tokens then writes nothing.
-    """
-    kv_head, split, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(context_lens + seq)
-    share = tl.cdiv(tl.cdiv(length, tile), num_splits) * tile
-    first = split * share
-    await_predecessor(dependent)
-    if num_splits > 1:  # noqa: SIM102 (the outer one is decided by the compiler)
-        if first >= length:
-            return
-    row, dim = tl.arange(0, rows), tl.arange(0, padded_dim)
-    head = kv_head * group + row
-    real = (row < group)[:, None] & (dim < head_dim)[None, :]
-    at = query + seq * query_stride + head[:, None] * head_dim + dim[None, :]
-    q = tl.load(at, mask=real, other=0.0)
-    peak = tl.full([rows], float("-inf"), tl.float32)
-    total, acc = tl.zeros([rows], tl.float32), tl.zeros([rows, padded_dim], tl.float32)
-    keys += kv_head * head_dim
-    values += kv_head * head_dim
-    table = block_tables + seq * table_stride
-    end = tl.minimum(first + share, length)
-    position = tl.zeros([rows], tl.int32) + (length - 1)
-    # fmt: off
-    peak, total, acc = attend(
-        q, peak, total, acc, keys, values, table, first, end, 0, length, position, scale_log2,
-        slot_stride, slot_stride, head_dim, block_size, tile, True,
-    )
-    # fmt: on
-    # A sequence of no tokens is padding: its rows are 0, not NaN.
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    at = (seq * tl.num_programs(0) * group + head) * num_splits + split
-    tl.store(output + at[:, None] * head_dim + dim[None, :], result.to(output.dtype.element_ty), mask=real)
-    if num_splits > 1:
-        tl.store(lse + at, peak + tl.log2(total), mask=row < group)
-
-
-@triton.jit(do_not_specialize_on_alignment=["context_lens"])
-def merge_kernel(  # noqa: PLR0913
-    output,
-    partial,
-    lse,
-    context_lens,
-    head_dim: tl.constexpr,
-    padded_dim: tl.constexpr,
-    tile: tl.constexpr,
-    num_splits: tl.constexpr,
-    dependent: tl.constexpr,
-):
-    """One program for (head, sequence): weighs `partial` `[S, h, num_splits, D]` by its log-sum-exp."""
-    head, seq = tl.program_id(0), tl.program_id(1)
-    num_tiles = tl.cdiv(tl.load(context_lens + seq), tile)
-    used = tl.cdiv(num_tiles, tl.maximum(tl.cdiv(num_tiles, num_splits), 1))
-    split, dim = tl.arange(0, num_splits), tl.arange(0, padded_dim)
-    await_predecessor(dependent)
-    at = seq * tl.num_programs(0) + head
-    logs = tl.load(lse + at * num_splits + split, mask=split < used, other=float("-inf"))
-    real = (split < used)[:, None] & (dim < head_dim)[None, :]
-    offsets = (at * num_splits + split)[:, None] * head_dim + dim[None, :]
-    parts = tl.load(partial + offsets, mask=real, other=0.0)
-    weights = tl.where(split < used, tl.exp2(logs - tl.max(logs, 0)), 0.0)
-    total = tl.sum(weights, 0)
-    result = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(output + at * head_dim + dim, result.to(output.dtype.element_ty), mask=dim < head_dim)
 
 
 @triton.jit(

@@ -12,6 +12,8 @@ import torch
 
 _MAX_SPLITS = 32
 _PROGRAMS_PER_PROCESSOR = 4
+# With fewer sequences the product before ends too soon after its last program has begun.
+_LEAST_PREPARED = 4
 # Compute capabilities whose processors have 160 KiB of shared memory or more.
 _LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
 
@@ -53,20 +55,27 @@ def padded(size: int) -> int:
 def num_splits(batch_size: int, kv_heads: int, processors: int) -> int:
     """Return into how many splits each sequence's tokens go, a power of two.
 
-    Enough for a few programs on each of the device's `processors`. The batch size counts as the next power of
-    two, so that a batch padded up to there is split as it would be unpadded.
+    Enough for a few programs on each of the device's `processors`.
     """
-    programs = (1 << (batch_size - 1).bit_length()) * kv_heads
-    wanted = processors * _PROGRAMS_PER_PROCESSOR // programs
+    wanted = processors * _PROGRAMS_PER_PROCESSOR // (_power_of_two(batch_size) * kv_heads)
     return min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
 
 
-def decode_tile(group: int, head_dim: int, itemsize: int, traits: Traits) -> Tile:
-    """Return the tile of a decode with `group` query heads for each KV head."""
+def prepares_heads(batch_size: int, kv_heads: int, processors: int) -> bool:
+    """Tell whether a decode prepares its heads itself.
+
+    That pays where all programs run at once: those that come later would make it longer.
+    """
+    size = _power_of_two(batch_size)
+    return size >= _LEAST_PREPARED and size * kv_heads <= processors * _PROGRAMS_PER_PROCESSOR
+
+
+def decode_tile(group: int, head_dim: int, itemsize: int, traits: Traits, prepares: bool) -> Tile:
+    """Return the tile of a decode with `group` query heads for each KV head, which it `prepares` or not."""
     size, rows = padded(head_dim), padded(group)
     if itemsize > 2 or not traits.tensor_cores:
         return Tile(rows, 16, _vector_warps(size), 2)
-    return Tile(rows, min(32, 8192 // size), 4, 3)
+    return Tile(rows, min(32, 8192 // size), 2 if prepares else 4, 3)
 
 
 def prefill_tile(max_seqlen_q: int, head_dim: int, itemsize: int, traits: Traits) -> Tile:
@@ -79,6 +88,11 @@ def prefill_tile(max_seqlen_q: int, head_dim: int, itemsize: int, traits: Traits
     if max_seqlen_q <= 64:
         return Tile(64, 64, 4, 2)
     return Tile(128, 64, 8, 3)
+
+
+def _power_of_two(batch_size: int) -> int:
+    """Return what a batch size counts as, so that a padded batch is cut as it would be unpadded."""
+    return 1 << (batch_size - 1).bit_length()
 
 
 def _vector_warps(size: int) -> int:

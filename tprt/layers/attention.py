@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tprt.attention import AttentionBackend
 from tprt.context import get_context
+from tprt.kernels.preparation import Preparation
 
 
 class Attention(nn.Module):
@@ -38,3 +39,11 @@ class Attention(nn.Module):
         if context.is_prefill:
             return self._backend.prefill((query, key, value), self.kv_cache, context)
         return self._backend.decode(query, self.kv_cache, context)
+
+    def prepares(self, num_tokens: int) -> bool:
+        """Tell whether this step, of `num_tokens`, is one for `prepare_and_decode`."""
+        return not get_context().is_prefill and self._backend.prepares(num_tokens, self.kv_cache)
+
+    def prepare_and_decode(self, heads: Tensor, how: Preparation) -> Tensor:
+        """Turn projected heads `[S, h + 2 kv, D]` of decodes to `[S, h, D]`, storing keys and values."""
+        return self._backend.prepare_and_decode(heads, how, self.kv_cache, get_context())

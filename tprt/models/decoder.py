@@ -18,6 +18,7 @@ from tprt.attention import AttentionBackend
 from tprt.checkpoint_config import CheckpointConfig
 from tprt.context import get_context
 from tprt.distributed import TPGroup
+from tprt.kernels.preparation import HeadNorms, Preparation
 from tprt.layers.activation import SiluAndMul
 from tprt.layers.attention import Attention
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -72,10 +73,12 @@ class DecoderAttention(nn.Module):
     def forward(self, hidden: Tensor, rotation: Rotation) -> Tensor:
         """`hidden` `[T, H]` to `[T, H]`."""
         heads = self.qkv_proj(hidden).view(len(hidden), -1, self._head_dim)
-        if kernels.can_use(heads):
-            attended = self.attn.attend(*self._prepare_in_one(heads, rotation))
-        else:
+        if not kernels.can_use(heads):
             attended = self.attn(*self._prepare(heads, rotation))
+        elif self.attn.prepares(len(heads)):
+            attended = self.attn.prepare_and_decode(heads, self._preparation(rotation))
+        else:
+            attended = self.attn.attend(*self._prepare_in_one(heads, rotation))
         result: Tensor = self.o_proj(attended.flatten(1))
         return result
 
@@ -91,21 +94,23 @@ class DecoderAttention(nn.Module):
 
     def _prepare_in_one(self, heads: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Do the same and store keys and values, in one kernel; the keys count only where they are read."""
-        from tprt.kernels.qk_rotary import HeadNorms, RotaryTables, prepare_attention
+        from tprt.kernels.qk_rotary import prepare_attention
 
-        norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         context = get_context()
         slots = context.slot_mapping
         return prepare_attention(
             heads,
             self._num_heads,
-            RotaryTables(rotation.cos, rotation.signed_sin, rotation.positions),
-            norms,
+            self._preparation(rotation),
             cache=None if slots is None else (self.attn.kv_cache, slots),
             keep_keys=context.is_prefill and context.block_tables is None,
         )
+
+    def _preparation(self, rotation: Rotation) -> Preparation:
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        return Preparation(rotation.cos, rotation.signed_sin, rotation.positions, norms)
 
 
 class DecoderMLP(nn.Module):

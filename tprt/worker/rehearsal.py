@@ -1,8 +1,8 @@
 """Steps that launch, between them, the kernels that a start and the first requests launch.
 
 A kernel is compiled anew for each way in which the work is cut. That follows from the number of tokens, from
-whether keys are in KV blocks or in the step itself, and from how tokens are chosen. Decodes are not here, since
-they are captured in every size. Knows nothing of kernels and devices.
+whether keys are in KV blocks or in the step itself, and from how tokens are chosen. Steps of decodes alone are
+not here, since they are captured in every size. Knows nothing of kernels and devices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROMPT_LENS = (16, 32, 64, 128)
 
 
 def steps_to_rehearse(scheduler: SchedulerConfig, max_model_len: int, block_size: int) -> list[StepInput]:
-    """Return the largest step there can be, and prompts of one sequence, alone and behind a cached prefix.
+    """Return the largest step there can be, prompts alone and behind a cached prefix, and decodes beside one.
 
     One KV block, number 0, is enough for all of them. None wants log-probabilities: those are looked up by the
     tokens that were chosen, which a kernel that does not run leaves open.
@@ -32,4 +32,10 @@ def steps_to_rehearse(scheduler: SchedulerConfig, max_model_len: int, block_size
         for num_cached in (0, block_size):
             if num_cached + num_tokens <= max_model_len:
                 steps.append(prompt_step(np.array([num_tokens], np.int32), block_size, num_cached))
+    # The work of decodes is cut as that of the next power of two would be.
+    num_decodes = 1
+    while num_decodes < min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens):
+        step = prompt_step(np.ones(num_decodes + 1, np.int32), block_size)
+        steps.append(replace(step, num_decodes=num_decodes))
+        num_decodes *= 2
     return steps

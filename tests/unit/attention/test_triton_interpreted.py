@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support.paged_attention import PagedBatch, Shape
+from tests.support.prepared_decodes import PreparedDecodes
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in the environment", allow_module_level=True)
@@ -49,6 +50,13 @@ def test_decodes_that_are_not_split() -> None:
     count = 512 // shape.kv_heads
     batch = PagedBatch(shape, cached=[index % 33 for index in range(count)], new=[1] * count)
     batch.check(batch.run(backend_of(shape), num_decodes=count))
+    PreparedDecodes(batch, has_norms=True).check(backend_of(shape))
+
+
+@pytest.mark.parametrize("has_norms", [True, False], ids=["norms", "plain"])
+def test_heads_that_the_decode_itself_prepares(shape: Shape, has_norms: bool) -> None:
+    batch = PagedBatch(shape, cached=[0, 14, 15, 16, 299], new=[1] * 5)
+    PreparedDecodes(batch, has_norms).check(backend_of(shape))
 
 
 def test_prompts_from_their_own_tokens(shape: Shape) -> None:

@@ -52,9 +52,10 @@ def test_every_step_could_be_sent_and_needs_one_kv_block(
     assert len({(*step.query_lens, *step.context_lens) for step in steps}) >= len(steps) - 1
 
 
-def test_prompts_stand_alone_and_behind_a_prefix() -> None:
+def test_prompts_stand_alone_behind_a_prefix_and_beside_decodes() -> None:
     steps = steps_to_rehearse(SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=100), 4096, 16)
-    found = {(int(step.query_lens[0]), int(step.context_lens[0])) for step in steps[1:]}
+    assert [(step.num_decodes, len(step.query_lens)) for step in steps[9:]] == [(1, 2), (2, 3), (4, 5)]
+    found = {(int(step.query_lens[0]), int(step.context_lens[0])) for step in steps[1:9]}
     assert found == {(size, size + cached) for size in (16, 32, 64, 100) for cached in (0, 16)}
 
 
@@ -107,8 +108,8 @@ def test_a_rehearsal_runs_the_first_layer_alone_and_asks_no_other_rank(
 ) -> None:
     runner = make_runner(tmp_path, world_size)
     runner.load()
-    # The largest step, and prompts of 16, 32 and 64 tokens with and without a prefix.
-    assert seen == [[0]] * 7
+    # The largest step, prompts of 16, 32 and 64 tokens with and without a prefix, beside one and two decodes.
+    assert seen == [[0]] * 9
     assert_is_as_built(runner)
 
 
