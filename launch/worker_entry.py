@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.child import EPOCH, STEPS_ADDRESS, STEPS_TOKEN, STORE_FD, log_name, run_child
+from launch.lasting_objects import lasting_objects
 from launch.run_dir import epoch_dir, heartbeats_path, read_config, worker_socket
 from launch.stack_dump import install_stack_dumps
 from tprt.config import Config
@@ -97,12 +98,13 @@ class WorkerProcess:
 
     def run(self) -> None:
         """Import torch, join the group, load, and run steps until told to stop."""
-        import torch
+        with lasting_objects():
+            import torch
 
-        from launch.devices import choose_device, prepare_shared_memory, threads_per_rank
-        from tprt.checkpoint_config import read_checkpoint_config
-        from tprt.weights import join_load_exchange
-        from tprt.worker.main import Worker
+            from launch.devices import choose_device, prepare_shared_memory, threads_per_rank
+            from tprt.checkpoint_config import read_checkpoint_config
+            from tprt.weights import join_load_exchange
+            from tprt.worker.main import Worker
 
         place, config = self._place, self._config
         self._beat.set_phase(Phase.START)
