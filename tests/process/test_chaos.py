@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from scripts.chaos import PROMPTS, make_deployment
-from scripts.chaos_cell import Seen, run_cell
+from scripts.chaos_cell import run_cell
 from scripts.chaos_matrix import Cell, Fault, Victim
 from scripts.chaos_target import Target, run_undisturbed
 from scripts.chaos_traces import living
@@ -34,29 +32,24 @@ CELLS = [
 ]
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Cells that run two at a time, and the tokens of an undisturbed run."""
-
-    expected: list[list[int]]
-    runs: dict[Cell, Future[Seen]]
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return Target(make_deployment(tmp_path_factory.mktemp("chaos")), PROMPTS, MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    target = Target(make_deployment(tmp_path_factory.mktemp("chaos")), PROMPTS, MAX_TOKENS)
-    expected = run_undisturbed(target)
-    with ThreadPoolExecutor(2) as pool:
-        return Matrix(expected, {cell: pool.submit(run_cell, cell, target) for cell in CELLS})
+def expected(target: Target) -> list[list[int]]:
+    """The tokens of an undisturbed run."""
+    return run_undisturbed(target)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_a_fault_ends_as_it_must(matrix: Matrix, cell: Cell) -> None:
-    seen = matrix.runs[cell].result()
-    problems = [problem for problem in judge(cell, seen, matrix.expected).problems if "noticed" not in problem]
+def test_a_fault_ends_as_it_must(target: Target, expected: list[list[int]], cell: Cell) -> None:
+    seen = run_cell(cell, target)
+    problems = [problem for problem in judge(cell, seen, expected).problems if "noticed" not in problem]
     assert problems == [], seen.log
-    assert [len(tokens) for tokens in matrix.expected] == [MAX_TOKENS] * len(PROMPTS)
+    assert [len(tokens) for tokens in expected] == [MAX_TOKENS] * len(PROMPTS)
 
 
 class SleepingTarget(Target):
