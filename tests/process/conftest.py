@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import TinyModel
-from tests.support.deployments import TinyDeployment, descendants, make_tiny_deployment, still_there
+from tests.support.deployments import (
+    TinyDeployment,
+    descendants,
+    make_tiny_deployment,
+    new_shared_memory,
+    shared_memory,
+    still_there,
+)
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +33,10 @@ def tmpdir_of_children(
     """The folder where run directories are made; at the end they, all children and shared memory are gone."""
     tmp_path_factory.getbasetemp()  # pytest makes its own folder when first asked, and not in this one
     before = set(descendants(os.getpid()))
-    shared = set(Path("/dev/shm").iterdir())
+    shared = shared_memory()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         yield Path(folder)
         assert list(Path(folder).iterdir()) == []
     assert still_there([pid for pid in descendants(os.getpid()) if pid not in before]) == []
-    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert new_shared_memory(shared) == []

@@ -19,7 +19,14 @@ from launch.bench.load import bench_load
 from launch.bench.load_peers import installed_peers
 from launch.bench.load_ranks import LoadRanks, TeamLoad, running_ranks
 from tests.support.checkpoints import TinyModel, save_tiny
-from tests.support.deployments import TPRT, descendants, start, still_there
+from tests.support.deployments import (
+    TPRT,
+    descendants,
+    new_shared_memory,
+    shared_memory,
+    start,
+    still_there,
+)
 from tprt.config import Config
 from tprt.errors import CheckpointError, ConfigError, EngineDeadError
 
@@ -44,11 +51,11 @@ def rows(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     command = [TPRT, "bench", "load", str(work / "deployment.yaml"), "--json"]
     command += ["--ranks", "1,2", "--repeats", "2"]
     environment = {**os.environ, "TMPDIR": str(work / "tmp")}
-    shared = set(Path("/dev/shm").iterdir())
+    shared = shared_memory()
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S)
     assert ran.returncode == 0, ran.stderr
     assert list((work / "tmp").iterdir()) == []
-    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert new_shared_memory(shared) == []
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
 

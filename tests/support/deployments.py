@@ -81,3 +81,16 @@ def still_there(pids: Sequence[int]) -> list[int]:
     while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline_s:
         time.sleep(0.02)
     return left
+
+
+def shared_memory() -> set[str]:
+    """Return the names in /dev/shm."""
+    return set(os.listdir("/dev/shm"))
+
+
+def new_shared_memory(before: set[str]) -> list[str]:
+    """Return the names in /dev/shm that are not in `before`, once those of other tests have had time to go."""
+    deadline_s = time.monotonic() + _GONE_S
+    while (left := shared_memory() - before) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    return sorted(left)
