@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := .models/SmolLM2-135M-Instruct
 EXTRAS := dev
+# Two tests at a time, as each leaves a core to the other for much of its time. On GPUs each has the memory to itself.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # What the unit tests have run of each line, and what that depends on
 COVERAGE := .coverage
 SOURCES := $(shell find tprt launch scripts tests configs -type f -not -name '*.pyc') setup.cfg
@@ -33,10 +35,11 @@ demo: $(STAMP) $(MODEL)/config.json
 test: $(STAMP) $(MODEL)/config.json
 	rm -f $(COVERAGE)
 	$(MAKE) --no-print-directory $(COVERAGE)
-	$(BIN)/python -m pytest --ignore=tests/unit
+	$(PYTEST) tests/process
+	$(BIN)/python -m pytest tests/gpu tests/multigpu
 
 $(COVERAGE): $(SOURCES) | $(STAMP) $(MODEL)/config.json
-	$(BIN)/python -m pytest tests/unit --cov --cov-report=
+	$(PYTEST) tests/unit --cov --cov-report=
 
 # Runs the unit tests for their coverage only where something has changed since they ran.
 check: $(STAMP) $(MODEL)/config.json
