@@ -13,7 +13,7 @@ import torch
 from launch.cuda_devices import CudaDevice, look_at_device
 from launch.devices import choose_device
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
-from launch.doctor.forked import REAP_S, ask_children
+from launch.doctor.forked import REAP_S, NoAnswerError, ask_children
 from launch.doctor.memory import check_memory
 from launch.doctor.request import DoctorRequest
 from launch.planning.memory import CONTEXT_BYTES
@@ -25,7 +25,11 @@ _DRIVER = "see what nvidia-smi says; in a container, give it the GPUs (Docker: -
 # So much may be in use beside this process's own context without a word.
 _IN_USE_BYTES = 2**30
 _NUM_ELEMENTS = 1024
-_LONGEST_S = 6.0
+_LONGEST_S = 30.0
+# CUDA that takes so long to come up never will.
+_HANGS_S = 20.0
+# To say what came of it, and for the memory.
+_REST_S = 0.5
 # No device is judged that had less: some take seconds to open.
 _LEAST_S = 3.0
 _HURRY = "try again, since the second import of torch is from memory, or with --timeout-s 60"
@@ -47,7 +51,7 @@ def check_devices(request: DoctorRequest) -> Iterator[Finding]:
     elif (left_s := request.left_s(_LONGEST_S)) < _LEAST_S:
         yield warning(_NAME, f"{left_s:.1f} s were left for them, too few to open any", _HURRY)
     else:
-        devices = yield from _look(request, left_s - REAP_S)
+        devices = yield from _look(request, left_s - REAP_S - _REST_S)
     yield from check_memory(request, devices)
 
 
@@ -63,6 +67,11 @@ def _look(request: DoctorRequest, timeout_s: float) -> Generator[Finding, None, 
         yield _compute([is_right for _, is_right in looks[: request.num_processes]])
     except ConfigError as error:
         yield refused(_NAME, error, _DRIVER)
+    except NoAnswerError as error:
+        if timeout_s < _HANGS_S:
+            yield warning(_NAME, f"not judged, since CUDA was not ready: {error}", _HURRY)
+        else:
+            yield bad(_NAME, f"CUDA hangs: {error}", _DRIVER)
     except RuntimeError as error:
         yield bad(_NAME, f"CUDA does not work: {error}", _DRIVER)
     return devices
@@ -74,6 +83,7 @@ def _open_all(request: DoctorRequest, timeout_s: float) -> tuple[_Visible, list[
     To open a device takes its time, so all are opened side by side, before it is known how many there are.
 
     Raises:
+        NoAnswerError: CUDA itself did not come up in time, which takes seconds with many devices.
         RuntimeError: CUDA does not work, or one of the devices does not.
     """
     most = max(request.num_processes, request.config.parallel.tensor_parallel_size)

@@ -27,6 +27,10 @@ REAP_S = 0.5
 """How long the end of children is waited for at most."""
 
 
+class NoAnswerError(RuntimeError):
+    """Nothing came from a child in its time."""
+
+
 def fork_child(body: Callable[[], None]) -> int:
     """Run `body` in a forked process, which dies with this one, and return its pid.
 
@@ -59,7 +63,7 @@ def ask_children(
     """Return what each of `functions` returns in a process of its own, all of them side by side.
 
     In the place of an answer is the error that was raised (a RuntimeError if it is none of ours), or one that
-    says that the process died or that nothing came in `timeout_s`.
+    says that the process died or, a NoAnswerError, that nothing came in `timeout_s`.
     """
     receivers: list[Connection] = []
     pids: list[int] = []
@@ -93,7 +97,7 @@ def _take_answer(receiver: Connection, timeout_s: float, end_s: float) -> Any:
             return receiver.recv()
     except EOFError:
         return RuntimeError("the process died")
-    return RuntimeError(f"no answer came in {timeout_s:.1f} s")
+    return NoAnswerError(f"no answer came in {timeout_s:.1f} s")
 
 
 def end_child(pid: int) -> None:

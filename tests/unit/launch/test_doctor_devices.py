@@ -122,6 +122,29 @@ def test_devices_are_not_judged_when_the_import_of_torch_took_all_the_time(
     assert "--timeout-s" in rows["devices"].fix
 
 
+def test_devices_are_not_judged_when_cuda_itself_is_late_but_one_that_hangs_beside_others_is_named(
+    see: See, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def hang(*_: object) -> None:
+        time.sleep(WAIT_S)
+
+    monkeypatch.setattr(devices, "_LONGEST_S", 1.5)
+    monkeypatch.setattr(devices, "_LEAST_S", 1.0)
+    see([FREE, FREE], 2)
+    request = request_for(tmp_path, runtime={"device": "cuda"}, parallel={"tensor_parallel_size": 2})
+    opened = devices._open
+    monkeypatch.setattr(devices, "_open", lambda index: hang() if index else opened(index))
+    row = run_check(check_devices, request)["devices"]
+    assert (row.verdict, row.found.startswith("CUDA does not work: device 1: no answer")) == (Verdict.BAD, True)
+    monkeypatch.setattr(torch.cuda, "init", hang)
+    row = run_check(check_devices, request)["devices"]
+    assert (row.verdict, "CUDA was not ready" in row.found) == (Verdict.WARNING, True)
+    assert "--timeout-s" in row.fix
+    monkeypatch.setattr(devices, "_HANGS_S", 0.1)
+    row = run_check(check_devices, request)["devices"]
+    assert (row.verdict, row.found.startswith("CUDA hangs: no answer")) == (Verdict.BAD, True)
+
+
 def heard(*messages: object, timeout_s: float = 30.0, stays: bool = False) -> Finding:
     """Return what is made of what the process of a pair says before it ends or, if it `stays`, says no more."""
     receiver, sender = Pipe(duplex=False)
