@@ -83,6 +83,14 @@ def still_there(pids: Sequence[int]) -> list[int]:
     return left
 
 
+def still_in(folder: Path) -> list[str]:
+    """Return the names in `folder`, after whoever is to remove them has had a moment to."""
+    deadline_s = time.monotonic() + _GONE_S
+    while (left := os.listdir(folder)) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    return sorted(left)
+
+
 def shared_memory() -> set[str]:
     """Return the names in /dev/shm."""
     return set(os.listdir("/dev/shm"))
