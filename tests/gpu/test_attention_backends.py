@@ -129,7 +129,7 @@ class Captured:
         self.query = torch.cat(batch.queries)
         self.key, self.value = self._newest(batch)
         self.context = Context(
-            slot_mapping=self._slots(batch),
+            slot_mapping=batch.newest_slots(),
             context_lens=context.context_lens.clone(),
             block_tables=batch.tables.clone(),
             max_seqlen_k=context.max_seqlen_k,
@@ -147,10 +147,6 @@ class Captured:
     def _newest(batch: PagedBatch) -> tuple[Tensor, Tensor]:
         return torch.stack([rows[-1] for rows in batch.keys]), torch.stack([rows[-1] for rows in batch.values])
 
-    @staticmethod
-    def _slots(batch: PagedBatch) -> Tensor:
-        return torch.cat([batch.slots(row, n - 1, n) for row, n in enumerate(batch.lens)])
-
     def _step(self) -> Tensor:
         assert self.context.slot_mapping is not None
         self.backend.write_kv(self.key, self.value, self.cache, self.context.slot_mapping)
@@ -164,7 +160,7 @@ class Captured:
         self.query.copy_(torch.cat(batch.queries))
         for buffer, rows in zip((self.key, self.value), self._newest(batch), strict=True):
             buffer.copy_(rows)
-        self.context.slot_mapping.copy_(self._slots(batch))
+        self.context.slot_mapping.copy_(batch.newest_slots())
         self.context.context_lens.copy_(torch.tensor(batch.lens))
         self.context.block_tables.zero_()
         self.context.block_tables[:, : batch.tables.shape[1]] = batch.tables

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from tests.support.checkpoints import TinyModel, reference_tokens, save_tiny
 
 TPRT = str(Path(sys.executable).parent / "tprt")
 _GONE_S = 5.0
+Item = TypeVar("Item", int, str)
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,12 @@ def descendants(pid: int) -> list[int]:
 
 def still_there(pids: Sequence[int]) -> list[int]:
     """Return which of `pids` are still there, after they have had a moment to go."""
-    deadline_s = time.monotonic() + _GONE_S
-    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    return left
+    return _left_behind(lambda: [pid for pid in pids if Path(f"/proc/{pid}").exists()])
 
 
 def still_in(folder: Path) -> list[str]:
     """Return the names in `folder`, after whoever is to remove them has had a moment to."""
-    deadline_s = time.monotonic() + _GONE_S
-    while (left := os.listdir(folder)) and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    return sorted(left)
+    return _left_behind(lambda: os.listdir(folder))
 
 
 def shared_memory() -> set[str]:
@@ -98,7 +94,12 @@ def shared_memory() -> set[str]:
 
 def new_shared_memory(before: set[str]) -> list[str]:
     """Return the names in /dev/shm that are not in `before`, once those of other tests have had time to go."""
+    return _left_behind(lambda: shared_memory() - before)
+
+
+def _left_behind(look: Callable[[], Collection[Item]]) -> list[Item]:
+    """Return what `look` still finds when it has had time to go."""
     deadline_s = time.monotonic() + _GONE_S
-    while (left := shared_memory() - before) and time.monotonic() < deadline_s:
+    while (left := look()) and time.monotonic() < deadline_s:
         time.sleep(0.02)
     return sorted(left)

@@ -41,14 +41,15 @@ class PagedBatch:
         self.new, self.lens = list(new), [a + b for a, b in zip(cached, new, strict=True)]
         self._generator = torch.Generator().manual_seed(seed)
         kv = (shape.kv_heads, shape.head_dim)
-        self.keys = [self._random(n, *kv) for n in self.lens]
-        self.values = [self._random(n, *kv) for n in self.lens]
-        self.queries = [self._random(n, shape.group * shape.kv_heads, shape.head_dim) for n in self.new]
+        self.keys = [self.random(n, *kv) for n in self.lens]
+        self.values = [self.random(n, *kv) for n in self.lens]
+        self.queries = [self.random(n, shape.group * shape.kv_heads, shape.head_dim) for n in self.new]
         self.tables, num_blocks = self._tables()
         cache = torch.full((2, num_blocks, shape.block_size, *kv), _POISON, dtype=shape.dtype)
         self.cache = cache.to(shape.device)
 
-    def _random(self, *size: int) -> Tensor:
+    def random(self, *size: int) -> Tensor:
+        """Return normal numbers of the batch's type, on its device."""
         return torch.randn(*size, generator=self._generator).to(self.shape.device, self.shape.dtype)
 
     def _tables(self) -> tuple[Tensor, int]:
@@ -62,6 +63,10 @@ class PagedBatch:
         positions = torch.arange(start, stop, device=self.shape.device)
         size = self.shape.block_size
         return self.tables[row, positions // size].long() * size + positions % size
+
+    def newest_slots(self) -> Tensor:
+        """Return where the last token of each sequence belongs, `[S]`."""
+        return torch.cat([self.slots(row, n - 1, n) for row, n in enumerate(self.lens)])
 
     def write(self, backend: AttentionBackend) -> None:
         """Write every sequence with the backend under test: what was cached, then this step's tokens."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tests.support.paged_attention import PagedBatch
 from tprt.attention import AttentionBackend
-from tprt.context import Context
 from tprt.kernels.preparation import HeadNorms, Preparation
 
 
@@ -16,29 +15,19 @@ class PreparedDecodes:
 
     def __init__(self, batch: PagedBatch, has_norms: bool) -> None:
         shape, count = batch.shape, len(batch.lens)
-        generator = torch.Generator().manual_seed(7)
-
-        def random(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator).to(shape.device, shape.dtype)
-
         self.batch = batch
         self.counts = (shape.group * shape.kv_heads, shape.kv_heads)
-        self.heads = random(count, sum(self.counts) + shape.kv_heads, shape.head_dim)
-        norms = HeadNorms(random(shape.head_dim), random(shape.head_dim), 1e-6) if has_norms else None
-        angles = torch.randn(max(batch.lens), shape.head_dim // 2, generator=generator).to(shape.device)
+        self.heads = batch.random(count, sum(self.counts) + shape.kv_heads, shape.head_dim)
+        weights = [batch.random(shape.head_dim) for _ in range(2)]
+        angles = batch.random(max(batch.lens), shape.head_dim // 2).float()
         self.how = Preparation(
             torch.cat([angles.cos(), angles.cos()], 1),
             torch.cat([-angles.sin(), angles.sin()], 1),
             torch.tensor(batch.lens, device=shape.device) - 1,
-            norms,
+            HeadNorms(weights[0], weights[1], 1e-6) if has_norms else None,
         )
-        self.newest = torch.cat([batch.slots(row, n - 1, n) for row, n in enumerate(batch.lens)])
-        self.context = Context(
-            slot_mapping=self.newest,
-            context_lens=torch.tensor(batch.lens, dtype=torch.int32, device=shape.device),
-            block_tables=batch.tables,
-            max_seqlen_k=max(batch.lens),
-        )
+        self.newest = batch.newest_slots()
+        self.context = batch.context(count)
 
     def fill_cache(self, backend: AttentionBackend) -> None:
         """Write what is cached; where the newest tokens belong stays what poisons any result."""

@@ -169,8 +169,7 @@ def _tables_and_weights(query: Tensor, how: Preparation | None) -> tuple[Tensor 
     """Return what the kernel prepares heads with. What it is told not to look at may be any tensor."""
     if how is None:
         return (query,) * 4 + (0.0,)
-    norms = (query, query, 0.0) if how.norms is None else (how.norms.query, how.norms.key, how.norms.eps)
-    return how.cos, how.signed_sin, *norms
+    return how.cos, how.signed_sin, *how.weights(query)
 
 
 def _end_to_end(heads: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tprt.kernels import power_of_two
+
 _MAX_SPLITS = 32
 _PROGRAMS_PER_PROCESSOR = 4
 # With fewer sequences the product before ends too soon after its last program has begun.
@@ -49,15 +51,16 @@ class Tile:
 
 def padded(size: int) -> int:
     """Return the power of two that holds `size`, and 16 at least: the least side of a matrix product."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 def num_splits(batch_size: int, kv_heads: int, processors: int) -> int:
     """Return into how many splits each sequence's tokens go, a power of two.
 
-    Enough for a few programs on each of the device's `processors`.
+    Enough for a few programs on each of the device's `processors`. The batch size counts as the next power of
+    two, here and in `prepares_heads`, so that a batch padded up to there is cut as it would be unpadded.
     """
-    wanted = processors * _PROGRAMS_PER_PROCESSOR // (_power_of_two(batch_size) * kv_heads)
+    wanted = processors * _PROGRAMS_PER_PROCESSOR // (power_of_two(batch_size) * kv_heads)
     return min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
 
 
@@ -66,7 +69,7 @@ def prepares_heads(batch_size: int, kv_heads: int, processors: int) -> bool:
 
     That pays where all programs run at once: those that come later would make it longer.
     """
-    size = _power_of_two(batch_size)
+    size = power_of_two(batch_size)
     return size >= _LEAST_PREPARED and size * kv_heads <= processors * _PROGRAMS_PER_PROCESSOR
 
 
@@ -88,11 +91,6 @@ def prefill_tile(max_seqlen_q: int, head_dim: int, itemsize: int, traits: Traits
     if max_seqlen_q <= 64:
         return Tile(64, 64, 4, 2)
     return Tile(128, 64, 8, 3)
-
-
-def _power_of_two(batch_size: int) -> int:
-    """Return what a batch size counts as, so that a padded batch is cut as it would be unpadded."""
-    return 1 << (batch_size - 1).bit_length()
 
 
 def _vector_warps(size: int) -> int:

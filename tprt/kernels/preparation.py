@@ -30,3 +30,9 @@ class Preparation:
     signed_sin: Tensor
     positions: Tensor
     norms: HeadNorms | None
+
+    def weights(self, unused: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return the norms' weights and eps for a kernel that is told whether to look: `unused` for none."""
+        return (
+            (unused, unused, 0.0) if self.norms is None else (self.norms.query, self.norms.key, self.norms.eps)
+        )

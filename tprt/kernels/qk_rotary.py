@@ -135,10 +135,9 @@ def prepare_attention(
     tile = _heads_per_program(tokens, num_q, num_kv, size)
     # What a flag turns off is not looked at; any tensor serves.
     key_cache, value_cache, slots = (qkv, qkv, how.positions) if cache is None else (*cache[0], cache[1])
-    weights = (qkv, qkv, 0.0) if how.norms is None else (how.norms.query, how.norms.key, how.norms.eps)
     _prepare_kernel[(tokens, (num_q + 2 * num_kv) // tile)](
         *(query, qkv, key_cache, value_cache, slots, how.positions, how.cos, how.signed_sin),
-        *(*weights, qkv.stride(0), num_kv * size),
+        *(*how.weights(qkv), qkv.stride(0), num_kv * size),
         heads=num_q,
         kv_heads=num_kv,
         size=size,
