@@ -33,6 +33,22 @@ def gpu_in_turn(rank: int, num_ranks: int, num_gpus: int) -> tuple[int, int]:
     return index, len(range(index, num_ranks, num_gpus))
 
 
+def any_shares_gpu(num_ranks: int, num_gpus: int, allow_shared_gpu: bool) -> bool:
+    """Tell whether ranks of this host have a GPU in common.
+
+    Raises:
+        ConfigError: there is none for each, and they may not share.
+    """
+    any_shared = num_ranks > num_gpus
+    if num_gpus == 0 or (any_shared and not allow_shared_gpu):
+        shared = " set parallel.allow_shared_gpu: true (for tests)," if num_gpus else ""
+        raise ConfigError(
+            f"{num_ranks} ranks of this host need a CUDA device each, but {num_gpus} are visible; lower"
+            f" parallel.tensor_parallel_size,{shared} or set runtime.device: cpu"
+        )
+    return any_shared
+
+
 def look_at_device(index: int) -> CudaDevice:
     """Return one of the devices that this process sees; it opens it to find out what is free."""
     import torch

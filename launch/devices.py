@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from launch.cuda_devices import gpu_in_turn
+from launch.cuda_devices import any_shares_gpu, gpu_in_turn
 from tprt.config import ParallelConfig
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
-
-# CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of cuda.h
-_P2P_NATIVE_ATOMICS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +52,7 @@ def place_on_gpu(local_rank: int, local_world_size: int, num_gpus: int, allow_sh
     Raises:
         ConfigError: there is none.
     """
-    any_shared = local_world_size > num_gpus
-    if num_gpus == 0 or (any_shared and not allow_shared_gpu):
-        shared = " set parallel.allow_shared_gpu: true (for tests)," if num_gpus else ""
-        raise ConfigError(
-            f"{local_world_size} ranks of this host need a CUDA device each, but {num_gpus} are visible; lower"
-            f" parallel.tensor_parallel_size,{shared} or set runtime.device: cpu"
-        )
+    any_shared = any_shares_gpu(local_world_size, num_gpus, allow_shared_gpu)
     index, num_sharers = gpu_in_turn(local_rank, local_world_size, num_gpus)
     return RankDevice(torch.device("cuda", index), num_sharers, any_shared)
 
@@ -113,23 +102,6 @@ def choose_all_reduce(
         if setting == backend:
             return backend
     raise ConfigError(f"parallel.all_reduce is {setting}; expected auto or one of {', '.join(known)}")
-
-
-def are_gpus_linked(num_gpus: int) -> bool:
-    """Tell whether each of the first `num_gpus` GPUs of this process can do atomics on every other's memory.
-
-    NVLink does them, PCIe does not. torch does not tell, so the driver is asked.
-    """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    value = ctypes.c_int()
-    for pair in permutations(range(num_gpus), 2):
-        failed = driver.cuDeviceGetP2PAttribute(ctypes.byref(value), _P2P_NATIVE_ATOMICS, *pair)
-        if failed or not value.value:
-            return False
-    return True
 
 
 def prepare_shared_memory(parallel: ParallelConfig) -> None:

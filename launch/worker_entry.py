@@ -135,7 +135,8 @@ class WorkerProcess:
     def _join_group(self, chosen: RankDevice, meeting: str | TcpMeeting) -> TPGroup:
         import torch
 
-        from launch.devices import are_gpus_linked, cache_folder, choose_all_reduce, is_mps_running
+        from launch.cuda_driver import are_gpus_linked
+        from launch.devices import cache_folder, choose_all_reduce, is_mps_running
         from tprt.distributed import GroupDeadlines, make_group, tune_all_reduce
 
         place, supervision = self._place, self._config.supervision

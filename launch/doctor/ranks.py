@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from launch.devices import are_gpus_linked, choose_all_reduce, place_on_gpu, prepare_shared_memory
+from launch.cuda_driver import are_gpus_linked
+from launch.devices import choose_all_reduce, place_on_gpu, prepare_shared_memory
 from launch.doctor.finding import NO_TIME, Finding, bad, ok, refused, silent, skipped, warning
 from launch.doctor.forked import ask_child, ask_children
 from launch.doctor.hosts import interface_of

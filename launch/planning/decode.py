@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.cuda_devices import CudaDevice
-from launch.devices import are_gpus_linked, choose_all_reduce
+from launch.cuda_driver import are_gpus_linked
+from launch.devices import choose_all_reduce
 from launch.planning.all_reduce_time import SOURCES, all_reduce_us
 from launch.planning.bandwidth import SHARE_OF_PEAK, gpu_layer_us, measure_cpu_gbs, peak_gbs
 from launch.planning.decode_time import Batch, DecodeTime, Machine, predict_decode, slower_than_fewer

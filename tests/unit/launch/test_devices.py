@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from launch.cuda_driver import are_gpus_linked
 from launch.devices import (
     RankDevice,
-    are_gpus_linked,
     cache_folder,
     choose_all_reduce,
     choose_device,
