@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from launch.cuda_driver import CudaDriver, CudaError
 from tprt.errors import ConfigError
 
-# torch is imported and every device opened; a driver that hangs must not hang the start.
+# Every device is opened; a driver that hangs must not hang the start.
 _DEADLINE_S = 120.0
 
 
@@ -49,19 +51,30 @@ def any_shares_gpu(num_ranks: int, num_gpus: int, allow_shared_gpu: bool) -> boo
     return any_shared
 
 
-def look_at_device(index: int) -> CudaDevice:
-    """Return one of the devices that this process sees; it opens it to find out what is free."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info(index)
-    return CudaDevice(torch.cuda.get_device_name(index), int(total), int(free))
+def look_at_device(driver: CudaDriver, index: int) -> CudaDevice:
+    """Return a device whose context this thread has entered, as it must to ask what is free."""
+    free, total = driver.memory()
+    return CudaDevice(driver.name(index), total, free)
 
 
 def look_at_devices() -> list[CudaDevice]:
-    """Return the devices that this process sees, one after another."""
-    import torch
+    """Return the devices that this process sees; none where CUDA does not work.
 
-    return [look_at_device(index) for index in range(torch.cuda.device_count())]
+    Raises:
+        CudaError: one of them cannot be opened.
+    """
+    try:
+        driver = CudaDriver()
+    except CudaError:
+        return []
+
+    def look(index: int) -> CudaDevice:
+        driver.open(index)
+        return look_at_device(driver, index)
+
+    # In threads of their own, so that this one stays in the context that it is in.
+    with ThreadPoolExecutor(max(1, driver.num_devices)) as threads:
+        return list(threads.map(look, range(driver.num_devices)))
 
 
 def look_from_outside(deadline_s: float = _DEADLINE_S) -> list[CudaDevice]:

@@ -20,8 +20,9 @@ class Check:
 
     Attributes:
         needs_torch: it begins once torch is imported.
-        after: the check that it waits for where ranks compute on CUDA devices.
-        frees: with a line of this name it stands in nobody's way any more; if empty, with its end.
+        after: the check or the line of a check that it waits for where ranks compute on CUDA devices. No time
+            left for it there is no fault.
+        frees: the line with which it frees those that wait for it; they are told its details.
         advice: what to do when it gives no answer or fails.
     """
 
@@ -39,6 +40,7 @@ class Check:
         return check
 
 
+_GPUS = "see what nvidia-smi and dmesg (Xid) say; reset the devices or restart the machine"
 _SMI = "a driver that hangs needs a reset of the device or a restart of the machine; dmesg may name the cause"
 _DISK = "see whether the file system of model.path answers (ls, dmesg); a network file system may be gone"
 _TORCH = 'see what `python -c "import torch"` says; install torch anew, or another build of it'
@@ -49,9 +51,10 @@ CHECKS = (
     Check("versions", "launch.doctor.versions:check_versions"),
     Check("torch", "launch.doctor.versions:check_torch", needs_torch=True, advice=_TORCH),
     Check("GPU driver", "launch.doctor.nvidia_smi:check_driver", advice=_SMI),
-    Check("devices", "launch.doctor.devices:check_devices", True, "GPU driver", _SMI, "computing"),
-    Check("peer copies", "launch.doctor.peers:check_peers", True, "devices", _NCCL),
-    Check("all-reduce", "launch.doctor.ranks:check_all_reduce", True, "devices", _NCCL),
+    Check("GPUs", "launch.doctor.gpus:check_gpus", advice=_GPUS, frees="devices"),
+    Check("memory", "launch.doctor.memory:check_memory", True, "devices"),
+    Check("attention", "launch.doctor.attention:check_attention", True, "devices"),
+    Check("all-reduce", "launch.doctor.ranks:check_all_reduce", True, "GPUs", _NCCL),
     Check("host", "launch.doctor.host:check_host"),
     Check("/dev/shm", "launch.doctor.shared_memory:check_shared_memory", needs_torch=True),
     Check("model", "launch.doctor.model:check_model", advice=_DISK),

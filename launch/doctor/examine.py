@@ -24,6 +24,7 @@ from launch.run_dir import remove_abandoned
 _MAX_MESSAGE_BYTES = 65536
 _GONE_S, _BETWEEN_LOOKS_S = 0.5, 0.005
 _PR_SET_CHILD_SUBREAPER = 36
+_MORE_TIME = "try again with --timeout-s 60"
 _SLOW_TORCH = (
     "try again: the second import is from memory; on a machine this slow raise supervision.startup_timeout_s,"
     " and put the Python environment on a local disk"
@@ -33,7 +34,9 @@ _SLOW_TORCH = (
 class Results:
     """What has been heard of each check."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_on_gpus: bool = False) -> None:
+        """`is_on_gpus`: ranks compute on CUDA devices, which some checks wait for."""
+        self._is_on_gpus = is_on_gpus
         self._began: set[int] = set()
         self._ended: set[int] = set()
         self._findings: dict[int, list[Finding]] = {}
@@ -69,7 +72,10 @@ class Results:
             elif number in self._began:
                 is_partial = any(finding.check == check.name for finding in heard)
                 name = f"rest of {check.name}" if is_partial else check.name
-                found.append(silent(name, f"gave no answer: {end}", check.advice))
+                if self._is_on_gpus and check.after:
+                    found.append(warning(name, f"was not done yet: {end}", f"{_MORE_TIME}; {check.advice}"))
+                else:
+                    found.append(silent(name, f"gave no answer: {end}", check.advice))
             else:
                 found.append(self._not_begun(check, end))
         return found
@@ -86,7 +92,7 @@ class Results:
 
 def examine(request: DoctorRequest) -> list[Finding]:
     """Run every check side by side and return what they found, by `request.end_s`."""
-    results = Results()
+    results = Results(request.expects_cuda)
     began_s = time.monotonic()
     with _adopting(), _runner(request) as (runner, channel):
         has_ended = _hear_all(results, runner, channel, request.end_s)

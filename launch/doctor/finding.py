@@ -66,10 +66,10 @@ def bad(check: str, found: str, fix: str, **details: object) -> Finding:
     return Finding(check, Verdict.BAD, found, fix, details)
 
 
-def refused(check: str, error: Exception, fix: str) -> Finding:
+def refused(check: str, error: Exception, fix: str, **details: object) -> Finding:
     """It will not work, as an error says; what to change is what it says after its last semicolon, or `fix`."""
     found, _, advice = str(error).rpartition("; ")
-    return bad(check, found or advice, advice if found else fix)
+    return bad(check, found or advice, advice if found else fix, **details)
 
 
 def silent(check: str, found: str, fix: str) -> Finding:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from launch.cuda_devices import CudaDevice
 from launch.doctor.cgroup import memory_left
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.request import DoctorRequest
@@ -15,9 +14,6 @@ from launch.doctor.shared_memory import own_bytes
 from launch.planning.memory import memory_of_ranks
 from launch.planning.plan import DeploymentPlan, capacity_warnings, plan_deployment
 from launch.planning.rank_weights import resolve_rank_weights
-from tprt.attention.registry import make_attention_backend
-from tprt.attention.requirements import AttentionSetup
-from tprt.checkpoint_config import read_checkpoint_config
 from tprt.errors import CheckpointError, ConfigError, ShardPlanError, UnsupportedModelError
 from tprt.worker.memory_budget import gib
 
@@ -29,9 +25,10 @@ _FEWER_BLOCKS = "lower cache.num_blocks or cache.cpu_memory_gib, use fewer ranks
 _MORE_BLOCKS = "lower model.max_model_len, use more ranks, or raise cache.num_blocks or what limits it"
 
 
-def check_memory(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Iterator[Finding]:
-    """Predict the memory of each rank on `devices`, or on the CPU, and look at the attention backend."""
+def check_memory(request: DoctorRequest) -> Iterator[Finding]:
+    """Predict the memory of each rank, on the devices that were found or on the CPU."""
     config = request.config
+    devices = request.devices if torch.version.cuda else []
     try:
         config = resolve_rank_weights(config, look=lambda: devices)
         memory = memory_of_ranks(
@@ -45,7 +42,6 @@ def check_memory(request: DoctorRequest, devices: Sequence[CudaDevice]) -> Itera
         yield refused("memory", error, "change the setting that is named")
         return
     yield _judge_cpu(request, planned) if planned.device == "cpu" else _judge_cuda(request, planned)
-    yield _attention(request, planned)
 
 
 def _judge_cuda(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
@@ -85,24 +81,6 @@ def _judge_blocks(planned: DeploymentPlan, text: str) -> Finding:
             return bad("memory", f"{text}; {found}", fix, **details)
         return warning("memory", f"{text}; {line}", _MORE_BLOCKS, **details)
     return ok("memory", f"{text}; {planned.num_tokens:,} tokens fit into the KV blocks", **details)
-
-
-def _attention(request: DoctorRequest, planned: DeploymentPlan) -> Finding:
-    """Look for the attention backend as a rank does."""
-    name = request.config.runtime.attention_backend
-    device = torch.device(planned.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return skipped("attention", "there is no CUDA device to choose it for")
-    head_dim = read_checkpoint_config(request.config.model.path).head_dim
-    setup = AttentionSetup(device, planned.dtype, head_dim, planned.block_size)
-    try:
-        found = make_attention_backend(name, 1.0, setup).name
-    except ConfigError as error:
-        return refused("attention", error, "set runtime.attention_backend: auto")
-    if found == "sdpa" and device.type == "cuda" and name == "auto":
-        fix = "pip install 'tprt[fa3]' on GPUs of compute capability 9, or triton"
-        return warning("attention", "no attention kernels work here: plain torch (sdpa), which is slow", fix)
-    return ok("attention", f"backend {found}")
 
 
 def available_bytes() -> int:

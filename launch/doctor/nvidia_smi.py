@@ -15,11 +15,12 @@ from launch.doctor.forked import output_of
 from launch.doctor.request import DoctorRequest
 
 _NAME = "GPU driver"
-_PATIENCE_S = 3.0
+_PATIENCE_S = 6.0
 _QUERY = ("uuid", "name", "driver_version", "compute_mode")
 _APPS = ("gpu_uuid", "pid", "process_name", "used_memory")
 _FORMAT = "--format=csv,noheader,nounits"
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_MORE_TIME = "try again with --timeout-s 60"
 _HANGS = "reset the device (nvidia-smi --gpu-reset) or restart the machine; dmesg may name the cause (Xid)"
 # Paths between devices that leave their NUMA node.
 _FAR = "SYS"
@@ -53,7 +54,9 @@ def check_driver(request: DoctorRequest) -> Iterator[Finding]:
         why = "there is no nvidia-smi (a container gets it by NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
         yield skipped(_NAME, why)
     except subprocess.TimeoutExpired as error:
-        yield silent(_NAME, f"{' '.join(error.cmd)} gave no answer in {error.timeout:.1f} s", _HANGS)
+        text = f"{' '.join(error.cmd)} gave no answer in {error.timeout:.1f} s"
+        has_hung = error.timeout >= _PATIENCE_S
+        yield silent(_NAME, text, _HANGS) if has_hung else warning(_NAME, text, f"{_MORE_TIME}; else {_HANGS}")
     except subprocess.CalledProcessError as error:
         said = (error.stderr or error.stdout).strip() or f"exit code {error.returncode}"
         yield bad(_NAME, f"nvidia-smi failed: {said}", "install a driver for these GPUs, or load its module")
@@ -109,12 +112,20 @@ def _processes(apps: Sequence[Sequence[str]], used: dict[str, int]) -> Finding:
     found = [
         f"{os.path.basename(name)} (pid {pid}, {memory} MiB) on GPU {used[uuid]}"
         for uuid, pid, name, memory in (row for row in apps if len(row) == len(_APPS))
-        if uuid in used
+        if uuid in used and not _is_ours(pid)
     ]
     if not found:
         return ok("GPU processes", "nobody else computes on these GPUs, as far as nvidia-smi can see")
     fix = "end them, or choose other GPUs with CUDA_VISIBLE_DEVICES"
     return warning("GPU processes", ", ".join(found), fix, processes=found)
+
+
+def _is_ours(pid: str) -> bool:
+    """Tell whether it is a process of this examination, all of which are one group."""
+    try:
+        return os.getpgid(int(pid)) == os.getpgrp()
+    except (ValueError, ProcessLookupError):
+        return False
 
 
 def parse_topology(text: str) -> dict[tuple[int, int], str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from launch.cuda_devices import CudaDevice
 from tprt.config import Config
 from tprt.errors import ConfigError
 
@@ -24,11 +27,13 @@ class DoctorRequest:
         config: the settings of the deployment.
         hosts: names and ports of others that must be reached.
         end_s: when it ends, on the monotonic clock, which all processes of this host share.
+        gpus: the details of the line `devices`, for a check that waited for it where ranks are on CUDA devices.
     """
 
     config: Config
     hosts: tuple[tuple[str, int], ...]
     end_s: float
+    gpus: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:
@@ -57,9 +62,19 @@ class DoctorRequest:
         is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         return setting == "cuda" or (setting == "auto" and _DRIVER.exists() and not is_hidden)
 
+    @property
+    def devices(self) -> list[CudaDevice]:
+        """The CUDA devices that could be opened, for a check that waited for them."""
+        return [CudaDevice(**fields) for fields in self.gpus.get("devices", ())]
+
+    @property
+    def work_end_s(self) -> float:
+        """When a check has to give up, so that it can still say what it was waiting for."""
+        return self.end_s - _TO_TELL_S
+
     def left_s(self, most_s: float) -> float:
         """Return how long a check may wait for something: `most_s`, or what is left."""
-        return max(0.0, min(most_s, self.end_s - _TO_TELL_S - time.monotonic()))
+        return max(0.0, min(most_s, self.work_end_s - time.monotonic()))
 
     def to_json(self) -> str:
         """Return it as text for another process."""

@@ -17,7 +17,9 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
+from dataclasses import replace
 
 from launch.doctor.checks import CHECKS
 from launch.doctor.finding import Finding, bad, refused, skipped
@@ -26,6 +28,7 @@ from launch.doctor.request import DoctorRequest
 from tprt.errors import TprtError
 
 _STDOUT, _STDERR = 1, 2
+_MAX_MESSAGE_BYTES = 65536
 
 
 class Runner:
@@ -37,7 +40,8 @@ class Runner:
         # By the pidfd of its process.
         self._running: dict[int, tuple[int, int]] = {}
         self._no_longer_awaited: set[str] = set()
-        self._freed_fd, self._free_fd = os.pipe()
+        # The number of a check and the details of the line with which it frees others.
+        self._freed, self._free = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def run(self) -> None:
         """Run all checks to their end."""
@@ -80,7 +84,7 @@ class Runner:
             for finding in check.load()(self._request):
                 self._say(number, finding)
                 if finding.check == check.frees:
-                    os.write(self._free_fd, bytes([number]))
+                    self._free.send(json.dumps([number, finding.to_fields()["details"]]).encode())
         except TprtError as error:
             self._say(number, refused(check.name, error, check.advice))
         except Exception as error:  # noqa: BLE001 - the outermost frame
@@ -88,13 +92,16 @@ class Runner:
         self._say(number, "ended")
 
     def _wait_for_news(self) -> None:
-        """Wait until a check has ended or stands in nobody's way any more."""
-        for fd in select.select([self._freed_fd, *self._running], [], [])[0]:
-            if fd != self._freed_fd:
-                self._take_end(fd)
-                continue
-            for number in os.read(fd, len(CHECKS)):
-                self._no_longer_awaited.add(CHECKS[number].name)
+        """Wait until a check has ended or frees others."""
+        freed_fd = self._freed.fileno()
+        ready = select.select([freed_fd, *self._running], [], [])[0]
+        # What a check has told comes before its end.
+        if freed_fd in ready:
+            number, details = json.loads(self._freed.recv(_MAX_MESSAGE_BYTES))
+            self._request = replace(self._request, gpus=details)
+            self._no_longer_awaited.add(CHECKS[number].frees)
+        for pidfd in set(ready) - {freed_fd}:
+            self._take_end(pidfd)
 
     def _take_end(self, pidfd: int) -> None:
         pid, number = self._running.pop(pidfd)
@@ -104,7 +111,7 @@ class Runner:
             how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
             self._say(number, bad(check.name, f"the process of this check {how}", check.advice))
             self._say(number, "ended")
-        self._no_longer_awaited.add(check.name)
+        self._no_longer_awaited |= {check.name, check.frees}
 
     def _say(self, number: int, what: Finding | str) -> None:
         said = what if isinstance(what, str) else what.to_fields()
@@ -113,6 +120,8 @@ class Runner:
 
 def main() -> None:
     """Run the checks that standard input asks for."""
+    # Else torch initialises CUDA, on all devices, to tell whether there are any.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     request = DoctorRequest.from_json(sys.stdin.read())
     # Libraries may print, and this is for findings.
     out_fd = os.dup(_STDOUT)

@@ -16,12 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from launch.doctor.attention import check_attention
 from launch.doctor.checkpoint import check_headers
-from launch.doctor.devices import check_devices
 from launch.doctor.disk import check_disk, find_mount
 from launch.doctor.finding import Verdict, bad, silent
 from launch.doctor.host import check_host
 from launch.doctor.hosts import check_hosts, interface_of
+from launch.doctor.memory import check_memory
 from launch.doctor.model import check_model
 from launch.doctor.network import check_server
 from launch.doctor.ranks import check_all_reduce
@@ -294,7 +295,7 @@ def test_a_host_looks_at_its_own_ranks_alone(checkpoint: Path) -> None:
         cache={"num_blocks": 64},
     )
     assert (request.num_ranks, list(request.ranks)) == (2, [1, 2])
-    assert run_check(check_devices, request)["memory"].verdict is Verdict.OK
+    assert run_check(check_memory, request)["memory"].verdict is Verdict.OK
     assert "for 2 ranks" in run_check(check_host, request)["CPUs"].found
     assert "on 3 ranks" in run_check(check_model, request)["model"].found
     assert interface_of(request.config.hosts) == "lo"
@@ -335,22 +336,22 @@ def test_a_host_without_a_name_and_a_port_is_refused(text: str) -> None:
 
 def test_memory_that_is_not_there_is_named(checkpoint: Path) -> None:
     request = request_for(checkpoint, runtime={"device": "cpu"}, cache={"num_blocks": 10**9})
-    row = run_check(check_devices, request)["memory"]
+    row = run_check(check_memory, request)["memory"]
     assert (row.verdict, "cache.num_blocks" in row.fix) == (Verdict.BAD, True)
 
 
 def test_kv_blocks_for_less_than_one_sequence_are_a_warning_and_none_at_all_is_bad(checkpoint: Path) -> None:
     few = request_for(checkpoint, runtime={"device": "cpu"}, cache={"num_blocks": 3})
-    rows = run_check(check_devices, few)
-    assert (rows["memory"].verdict, rows["attention"].verdict) == (Verdict.WARNING, Verdict.OK)
+    assert run_check(check_memory, few)["memory"].verdict is Verdict.WARNING
+    assert run_check(check_attention, few)["attention"].verdict is Verdict.OK
     none = request_for(checkpoint, runtime={"device": "cpu"}, cache={"cpu_memory_gib": 1e-9})
-    row = run_check(check_devices, none)["memory"]
+    row = run_check(check_memory, none)["memory"]
     assert (row.verdict, row.fix.startswith("use more ranks")) == (Verdict.BAD, True)
 
 
 def test_an_attention_backend_that_does_not_work_here_is_named(checkpoint: Path) -> None:
     request = request_for(checkpoint, runtime={"device": "cpu", "attention_backend": "flash_attn_3"})
-    row = run_check(check_devices, request)["attention"]
+    row = run_check(check_attention, request)["attention"]
     assert (row.verdict, "it needs a CUDA device" in row.found) == (Verdict.BAD, True)
 
 

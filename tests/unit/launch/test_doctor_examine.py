@@ -36,7 +36,7 @@ def test_each_check_without_an_answer_is_told_by_how_far_it_had_come(monkeypatch
         versions=["began", ok("versions", "all"), "ended"],
         torch=["began", ok("torch", "2.13"), "ended"],
         disk=["began"],
-        devices=["began"],
+        GPUs=["began", ok("devices", "eight")],
     )
     found = by_name(results.findings("9.0 s were over", has_crashed=False))
     assert [finding.found for finding in found["versions"]] == ["all"]
@@ -45,9 +45,10 @@ def test_each_check_without_an_answer_is_told_by_how_far_it_had_come(monkeypatch
         "gave no answer: 9.0 s were over",
     )
     assert "model.path" in found["disk"][0].fix
-    assert found["peer copies"][0].found == "waited for the check of devices: 9.0 s were over"
+    assert found["all-reduce"][0].found == "waited for the check of GPUs: 9.0 s were over"
+    assert found["GPUs"][0].found == "gave no answer: 9.0 s were over"
     assert found["server"][0].found == "was not begun yet: 9.0 s were over"
-    assert set(found) == {check.name for check in CHECKS}
+    assert set(found) == {"devices", *(check.name for check in CHECKS)}
     assert worst(results.findings("", has_crashed=False)) is Verdict.BAD
 
 
@@ -56,6 +57,15 @@ def test_a_torch_that_takes_too_long_is_a_warning_and_what_needs_it_is_skipped()
     assert (found["torch"][0].verdict, found["all-reduce"][0].verdict) == (Verdict.WARNING, Verdict.SKIPPED)
     assert found["all-reduce"][0].found == "waited for the import of torch: 9.0 s were over"
     assert "versions" not in found
+
+
+def test_what_devices_leave_no_time_for_is_a_warning() -> None:
+    results = Results(is_on_gpus=True)
+    for name in ("torch", "attention"):
+        results.hear(json.dumps([NUMBERS[name], "began"]).encode())
+    row = by_name(results.findings("9.0 s were over", has_crashed=False))["attention"][0]
+    assert (row.verdict, row.found) == (Verdict.WARNING, "was not done yet: 9.0 s were over")
+    assert row.fix.startswith("try again with --timeout-s 60")
 
 
 def test_what_a_crash_of_torch_cuts_short_is_not_to_blame() -> None:

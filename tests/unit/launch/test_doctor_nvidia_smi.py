@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +69,11 @@ def test_driver_other_processes_and_topology_are_named(install: Install) -> None
     assert (rows["topology"].verdict, rows["topology"].found) == (Verdict.OK, "1 pairs by NV18")
 
 
+def test_processes_of_the_examination_itself_are_not_named(install: Install) -> None:
+    install(answering(apps=f"{UUIDS[1]}, {os.getpid()}, /usr/bin/python3, 512"))
+    assert run_check(check_driver, on_cuda(2))["GPU processes"].verdict is Verdict.OK
+
+
 def test_only_the_gpus_that_the_ranks_will_see_count(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(answering())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
@@ -124,6 +130,10 @@ def test_a_driver_that_hangs_is_named_within_its_deadline(
     assert row.verdict is Verdict.BAD
     assert "gave no answer in 0.3 s" in row.found
     assert "dmesg" in row.fix
+    hurried = replace(on_cuda(1), end_s=time.monotonic() + 0.7)
+    monkeypatch.setattr("launch.doctor.nvidia_smi._PATIENCE_S", 6.0)
+    row = run_check(check_driver, hurried)["GPU driver"]
+    assert (row.verdict, "--timeout-s" in row.fix) == (Verdict.WARNING, True)
 
 
 def test_no_nvidia_smi_is_no_fault_and_cpu_ranks_need_none(install: Install) -> None:

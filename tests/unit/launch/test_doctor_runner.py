@@ -23,14 +23,14 @@ Said = list[tuple[str, str]]
 
 def frees_early(request: DoctorRequest) -> Iterator[Finding]:
     """Free the others, and end only after one of them has run."""
-    yield ok("free", "")
+    yield ok("free", "", visible=3)
     assert os.read(HEAR, 1) == b"x"
     yield ok("rest", "")
 
 
 def tells(request: DoctorRequest) -> Iterator[Finding]:
+    yield ok(f"told {request.gpus.get('visible')}", "")
     os.write(TELL, b"x")
-    yield ok("told", "")
 
 
 def dies(request: DoctorRequest) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def run_behind(first: str, monkeypatch: pytest.MonkeyPatch) -> Said:
     """
     checks = (
         Check("first", f"{__name__}:{first}", frees="free"),
-        Check("second", f"{__name__}:tells", needs_torch=True, after="first"),
+        Check("second", f"{__name__}:tells", needs_torch=True, after="free"),
     )
     monkeypatch.setattr(runner, "CHECKS", checks)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,11 +57,11 @@ def run_behind(first: str, monkeypatch: pytest.MonkeyPatch) -> Said:
     return [(checks[number].name, what if isinstance(what, str) else what["check"]) for number, what in said]
 
 
-def test_a_check_that_is_freed_early_begins_before_the_other_one_has_ended(
+def test_a_check_that_is_freed_early_is_told_why_and_begins_before_the_other_one_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = run_behind("frees_early", monkeypatch)
-    order = [("first", "free"), ("second", "began"), ("first", "rest"), ("first", "ended")]
+    order = [("first", "free"), ("second", "told 3"), ("first", "rest"), ("first", "ended")]
     assert sorted(order, key=said.index) == order
     assert said[-1][1] == "ended"
 
@@ -71,10 +71,10 @@ def test_a_check_waits_for_the_end_of_one_that_frees_nobody_also_when_it_dies(
 ) -> None:
     said = run_behind("dies", monkeypatch)
     assert said[:3] == [("first", "began"), ("first", "first"), ("first", "ended")]
-    assert said[3:] == [("second", "began"), ("second", "told"), ("second", "ended")]
+    assert said[3:] == [("second", "began"), ("second", "told None"), ("second", "ended")]
     assert os.read(HEAR, 1) == b"x"
 
 
 def test_what_is_awaited_is_there() -> None:
-    names = {check.name for check in CHECKS}
+    names = {name for check in CHECKS for name in (check.name, check.frees)}
     assert {check.after for check in CHECKS if check.after} <= names
