@@ -6,10 +6,10 @@ milliseconds. Knows nothing of what the devices are.
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 
+from launch.cuda_driver import CudaDriver, CudaError
 from tprt.errors import ConfigError
 
 # A driver that hangs must not hang the start.
@@ -37,13 +37,9 @@ def count_cuda_devices() -> int:
 
 def _ask_driver() -> int:
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        return CudaDriver().num_devices
+    except CudaError:
         return 0
-    count = ctypes.c_int()
-    # An error says that there is no device that this process may see.
-    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    return 0 if failed else count.value
 
 
 if __name__ == "__main__":
