@@ -76,6 +76,20 @@ class RunDir:
         self._lock_fd = -1
 
 
+@contextlib.contextmanager
+def trial_dir() -> Iterator[Path]:
+    """Give a run directory that belongs to no deployment, for the sockets of a bench or a check.
+
+    Raises:
+        ConfigError: as `RunDir.create` does.
+    """
+    run_dir = RunDir.create(is_trial=True)
+    try:
+        yield run_dir.path
+    finally:
+        run_dir.remove()
+
+
 def _places() -> Iterator[str]:
     for parent in (os.environ.get("TMPDIR"), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/run", "/dev/shm"):
         path = os.path.abspath(parent or "/")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
+from launch.run_dir import trial_dir
 from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import TransportError
@@ -64,9 +64,10 @@ def bench_ranks(play_rank: PlayRank, world_size: int, num_bytes: Sequence[int]) 
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    with receiver, tempfile.TemporaryDirectory(prefix="tprt-bench-") as run_dir:
+    with receiver, trial_dir() as run_dir:
+        folder = str(run_dir)
         processes = [
-            context.Process(target=play_rank, args=(rank, world_size, run_dir, num_bytes, sender), daemon=True)
+            context.Process(target=play_rank, args=(rank, world_size, folder, num_bytes, sender), daemon=True)
             for rank in range(world_size)
         ]
         with _running(processes):

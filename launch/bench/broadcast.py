@@ -8,14 +8,13 @@ without. Knows nothing of how the results are shown.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from launch.bench.broadcast_peers import HEAD_BYTES, OURS, TRANSPORTS
 from launch.bench.broadcast_team import Heard, Spoken, Team, running
+from launch.run_dir import trial_dir
 from tprt.errors import ConfigError
 
 BenchRow = dict[str, int | float | str]
@@ -118,10 +117,10 @@ def _check(readers: Sequence[int], num_bytes: Sequence[int]) -> None:
 @contextmanager
 def _teams(readers: int, max_bytes: int) -> Iterator[list[Team]]:
     """Start a team of every transport; each has a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="tprt-bench-") as run_dir:
+    with trial_dir() as run_dir:
         teams = []
         for transport in TRANSPORTS:
-            folder = Path(run_dir, transport)
+            folder = run_dir / transport
             folder.mkdir()
             teams.append(Team(transport, str(folder), readers, max_bytes))
         with running(teams):

@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.doctor.cgroup import cpu_quota
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.request import DoctorRequest
-from launch.run_dir import RunDir
+from launch.run_dir import trial_dir
 from tprt.errors import ConfigError
 
 _NODES = Path("/sys/devices/system/node")
@@ -36,11 +36,10 @@ def check_host(request: DoctorRequest) -> Iterator[Finding]:
 
 def _run_directory() -> Finding:
     try:
-        run_dir = RunDir.create(is_trial=True)
+        with trial_dir() as folder:
+            return ok("run directory", f"sockets go to {folder.parent}, which can be written")
     except ConfigError as error:
         return refused("run directory", error, "set TMPDIR to a writable folder with a short path")
-    run_dir.remove()
-    return ok("run directory", f"sockets go to {run_dir.path.parent}, which can be written")
 
 
 def _open_files(request: DoctorRequest) -> Finding:

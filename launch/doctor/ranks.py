@@ -14,7 +14,7 @@ from launch.doctor.finding import NO_TIME, Finding, bad, ok, refused, silent, sk
 from launch.doctor.hosts import interface_of
 from launch.doctor.request import DoctorRequest
 from launch.doctor.trial import LEAST_S, Trial
-from launch.run_dir import RunDir
+from launch.run_dir import trial_dir
 from tprt.distributed.factory import CollectiveBackend
 from tprt.errors import ConfigError
 
@@ -46,11 +46,8 @@ def check_all_reduce(request: DoctorRequest) -> Iterator[Finding]:
         yield refused(_NAME, error, "set parallel.all_reduce: auto, and hosts.rdzv_endpoint to a known address")
         return
     prepare_shared_memory(request.config.parallel)
-    run_dir = RunDir.create(is_trial=True)
-    try:
-        yield from _try_all(used, num_gpus, run_dir.path, request)
-    finally:
-        run_dir.remove()
+    with trial_dir() as folder:
+        yield from _try_all(used, num_gpus, folder, request)
 
 
 def _try_all(used: CollectiveBackend, num_gpus: int, folder: Path, request: DoctorRequest) -> Iterator[Finding]:

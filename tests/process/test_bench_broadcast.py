@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,14 @@ WAIT_S = 60.0
 
 
 class Command:
-    """The command as a shell starts it: in a process group of its own."""
+    """The command as a shell starts it: in a group of its own, and with a TMPDIR too long for sockets."""
 
-    def __init__(self, arguments: list[str], tmp_path: Path) -> None:
+    def __init__(self, arguments: list[str], folder: Path) -> None:
+        temporary = folder / ("long" * 20)
+        temporary.mkdir()
         self.process = subprocess.Popen(
             [str(Path(sys.executable).with_name("tprt")), "bench", "broadcast", *arguments],
-            env={**os.environ, "TMPDIR": str(tmp_path)},
+            env={**os.environ, "TMPDIR": str(temporary), "XDG_RUNTIME_DIR": str(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,6 +56,17 @@ class Command:
 
 
 @pytest.fixture
+def folder() -> Iterator[Path]:
+    """One whose path leaves room for a socket's name."""
+    with tempfile.TemporaryDirectory(prefix="tprt-test-") as name:
+        yield Path(name)
+
+
+def left_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if not path.name.startswith("long")]
+
+
+@pytest.fixture
 def commands() -> Iterator[list[Command]]:
     started: list[Command] = []
     yield started
@@ -64,16 +78,14 @@ def commands() -> Iterator[list[Command]]:
         assert is_empty, "the command left processes behind"
 
 
-def run(commands: list[Command], tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
-    commands.append(Command(list(arguments), tmp_path))
+def run(commands: list[Command], folder: Path, *arguments: str) -> tuple[int, str, str]:
+    commands.append(Command(list(arguments), folder))
     return commands[-1].finish()
 
 
-def test_every_transport_is_measured_and_the_ring_loses_nothing(
-    commands: list[Command], tmp_path: Path
-) -> None:
+def test_every_transport_is_measured_and_the_ring_loses_nothing(commands: list[Command], folder: Path) -> None:
     code, out, err = run(
-        commands, tmp_path, "--readers", "1,2", "--bytes", "256,65536", "--seconds", "0.05", "--json"
+        commands, folder, "--readers", "1,2", "--bytes", "256,65536", "--seconds", "0.05", "--json"
     )
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
@@ -87,11 +99,11 @@ def test_every_transport_is_measured_and_the_ring_loses_nothing(
         assert 0 <= row["lost"] < row["sent"]
         if row["transport"] in ("ring", "gloo"):
             assert row["lost"] == 0
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(folder) == []
 
 
-def test_idle_readers_are_measured_as_a_table(commands: list[Command], tmp_path: Path) -> None:
-    code, out, err = run(commands, tmp_path, "--readers", "1", "--idle", "--seconds", "0.05")
+def test_idle_readers_are_measured_as_a_table(commands: list[Command], folder: Path) -> None:
+    code, out, err = run(commands, folder, "--readers", "1", "--idle", "--seconds", "0.05")
     assert code == 0, err
     rows = [line.split() for line in out.splitlines() if line.split()[:1] == ["1"]]
     assert [row[1] for row in rows] == TRANSPORTS
@@ -101,8 +113,8 @@ def test_idle_readers_are_measured_as_a_table(commands: list[Command], tmp_path:
         assert float(ratio) > 0
 
 
-def test_ctrl_c_ends_every_process_at_once_and_in_silence(commands: list[Command], tmp_path: Path) -> None:
-    command = Command(["--readers", "2", "--bytes", "256", "--seconds", "600"], tmp_path)
+def test_ctrl_c_ends_every_process_at_once_and_in_silence(commands: list[Command], folder: Path) -> None:
+    command = Command(["--readers", "2", "--bytes", "256", "--seconds", "600"], folder)
     commands.append(command)
     deadline_s = time.monotonic() + WAIT_S
     while len(command.children()) < len(TRANSPORTS) * 3:
@@ -113,7 +125,7 @@ def test_ctrl_c_ends_every_process_at_once_and_in_silence(commands: list[Command
     assert code != 0
     assert out == ""
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -125,8 +137,8 @@ def test_ctrl_c_ends_every_process_at_once_and_in_silence(commands: list[Command
     ],
 )
 def test_a_bench_that_makes_no_sense_is_refused(
-    commands: list[Command], tmp_path: Path, arguments: list[str], said: str
+    commands: list[Command], folder: Path, arguments: list[str], said: str
 ) -> None:
-    code, out, err = run(commands, tmp_path, *arguments)
+    code, out, err = run(commands, folder, *arguments)
     assert (code, out) == (2, "")
     assert said in err
