@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ class Grammar:
             `MAX_GRAMMAR_CHARS` at most.
 
     Raises:
-        InvalidRequestError: there is no such kind, or the source is too long.
+        InvalidRequestError: there is no such kind, or the source is no text or too long.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -31,10 +32,50 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex", "lark"):
             raise InvalidRequestError(f"a grammar of kind {self.kind!r}; expected json_schema, regex or lark")
+        if not isinstance(self.source, str):
+            raise InvalidRequestError(f"a grammar whose source is {type(self.source).__name__}; expected str")
         if len(self.source) > MAX_GRAMMAR_CHARS:
             raise InvalidRequestError(
                 f"a grammar of {len(self.source)} characters; expected {MAX_GRAMMAR_CHARS} at most"
             )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_whole_or_none(value: object) -> bool:
+    return value is None or _is_whole(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_whole(value)
+
+
+def _is_row(value: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(value, tuple | list) and all(map(fits, value))
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and _is_whole(value[0]) and _is_number(value[1])
+
+
+_TypeCheck = tuple[Callable[[object], bool], str]
+_WHOLE: _TypeCheck = (_is_whole, "a whole number")
+_WHOLE_OR_NONE: _TypeCheck = (_is_whole_or_none, "a whole number or None")
+_NUMBER: _TypeCheck = (_is_number, "a number")
+# The coordinator drops what it cannot read, and whoever sent it would wait for ever.
+_TYPES: dict[str, _TypeCheck] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _NUMBER),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty"), _NUMBER),
+    **dict.fromkeys(("top_k", "max_tokens", "min_tokens"), _WHOLE),
+    **dict.fromkeys(("seed", "logprobs", "prompt_logprobs"), _WHOLE_OR_NONE),
+    "ignore_eos": (lambda value: isinstance(value, bool), "True or False"),
+    "stop": (lambda value: _is_row(value, lambda one: isinstance(one, str)), "strings in a tuple or list"),
+    "stop_token_ids": (lambda value: _is_row(value, _is_whole), "token ids in a tuple or list"),
+    "logit_bias": (lambda value: _is_row(value, _is_bias), "pairs of a token id and a number"),
+    "grammar": (lambda value: value is None or isinstance(value, Grammar), "a Grammar or None"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +104,7 @@ class SamplingParams:
         grammar: the output is a sentence of it.
 
     Raises:
-        InvalidRequestError: a value is out of range.
+        InvalidRequestError: a value is of another type than it should be, or out of range.
     """
 
     temperature: float = 1.0
@@ -85,6 +126,12 @@ class SamplingParams:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
+        for name, (fits, expected) in _TYPES.items():
+            value = getattr(self, name)
+            self._check(name, value, fits(value), expected)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         self._check("temperature", self.temperature, 0.0 <= self.temperature < 1e4, "from 0 to 10000")
         self._check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all tokens) or more")
         self._check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1")
