@@ -44,9 +44,10 @@ class KVAllocation:
             return None
         num_cached_tokens = len(cached) * self._block_size
         if sequence.num_cached_tokens < 0:
-            sequence.num_cached_tokens = num_cached_tokens
+            # A request that comes with tokens of its output may find those as well.
+            sequence.num_cached_tokens = num_of_prompt = min(num_cached_tokens, sequence.prompt_len)
             tell = partial(self._table.note_queue_time, sequence)
-            self._counters.prompt_runs(sequence.prompt_len, num_cached_tokens, sequence.arrived_ns, tell)
+            self._counters.prompt_runs(sequence.prompt_len, num_of_prompt, sequence.arrived_ns, tell)
         return self._table.place(sequence, self._blocks.allocate(cached, num_new), num_cached_tokens)
 
     def can_place(self, sequence: Sequence, num_reserved: int) -> bool:

@@ -156,6 +156,17 @@ def test_a_request_that_has_tokens_of_its_output_goes_on_from_them() -> None:
     assert run(scheduler).finish_reasons.tolist() == [FinishReason.LENGTH], "4 tokens of output, 2 of them new"
 
 
+def test_of_a_request_that_has_tokens_of_its_output_only_those_of_the_prompt_count_as_cached() -> None:
+    scheduler = make()
+    add(scheduler, "a", 5, output=range(60, 67), max_tokens=8)
+    assert run(scheduler).finish_reasons.tolist() == [FinishReason.LENGTH]
+    add(scheduler, "a", 5, output=range(60, 67), max_tokens=8)
+    step = schedule(scheduler)
+    assert step.query_lens.tolist() == [4], "two blocks are found, of 4 tokens each"
+    assert answer(scheduler, step).num_cached_tokens.tolist() == [5]
+    assert scheduler.counters.num_cached_tokens == 5
+
+
 def test_penalties_and_the_shortest_output_count_the_tokens_that_are_there_already() -> None:
     scheduler = make()
     add(scheduler, "a", 5, output=[60, 60], presence_penalty=1.0, frequency_penalty=0.5, min_tokens=3)
