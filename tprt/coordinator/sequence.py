@@ -26,6 +26,8 @@ PENDING_TOKEN = -1
 _NO_TOKEN = -1
 _UNKNOWN = -1
 _NO_POSITIONS = range(0)
+# Below it a sequence is greedy, as in vLLM: logits divided by what is much smaller are infinite.
+_LEAST_TEMPERATURE = 1e-5
 # Rows of block tables are copied as wide as the longest, unless that is this many times what they hold.
 _MAX_PADDING = 2
 
@@ -226,7 +228,9 @@ class SequenceTable:
     def _place_sampling(self, slot: int, sequence: Sequence) -> None:
         sampling = sequence.sampling
         self.max_tokens[slot] = min(sequence.prompt_len + sampling.max_tokens, self._max_sequence_len)
-        self.temperatures[slot], self.top_ks[slot] = sampling.temperature, sampling.top_k
+        is_random = sampling.temperature >= _LEAST_TEMPERATURE
+        self.temperatures[slot] = sampling.temperature if is_random else 0.0
+        self.top_ks[slot] = sampling.top_k
         self.top_ps[slot], self.min_ps[slot] = sampling.top_p, sampling.min_p
         self.seeds[slot] = sequence.seed
         self.num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs

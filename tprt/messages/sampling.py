@@ -83,7 +83,7 @@ class SamplingParams:
     """How the tokens of one request are chosen and when they end.
 
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy, as is less than 1e-5; otherwise logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this.
         min_p: drop tokens less likely than this share of the most likely one.

@@ -92,6 +92,13 @@ def test_the_step_input_carries_the_sampling_parameters_of_each_sequence() -> No
     assert step.num_logprobs.tolist() == [3, -1]
 
 
+def test_a_temperature_that_logits_cannot_be_divided_by_is_greedy() -> None:
+    scheduler = make()
+    add(scheduler, "a", 2, temperature=1e-38)
+    add(scheduler, "b", 2, temperature=1e-5)
+    assert schedule(scheduler).temperatures.tolist() == pytest.approx([0.0, 1e-5])
+
+
 def test_a_request_without_a_seed_gets_one_of_its_own() -> None:
     scheduler = Scheduler(LIMITS, (EOS,), 1000)
     add(scheduler, "a", 2)
