@@ -140,8 +140,8 @@ class Coordinator:
             if not self._sent:
                 return False
             scheduler.counters.step_began(time.monotonic_ns())
-            self._note_requests()
         self._send_step(scheduler.schedule_ahead())
+        self._note_requests()
         result = scheduler.update(self._group.receive_answer(self._sent[0]))
         self._sent.popleft()
         scheduler.counters.step_ended(len(result.token_ids), time.monotonic_ns())

@@ -12,10 +12,11 @@ import pytest
 
 from tests.unit.coordinator.driving import add, answer, run, schedule
 from tests.unit.coordinator.driving import make as make_scheduler
-from tests.unit.coordinator.engine_of_threads import NUM_BLOCKS, Make, assert_set
+from tests.unit.coordinator.engine_of_threads import NUM_BLOCKS, Make, Rank, assert_set
 from tests.unit.coordinator.replaced_engine import ReplacedEngine
 from tprt.coordinator.greeting import describe
-from tprt.messages import QUEUE_BOUNDS_S, AddRequest, EngineStats, GetStats, SamplingParams
+from tprt.coordinator.worker_group import WorkerGroup
+from tprt.messages import QUEUE_BOUNDS_S, AddRequest, EngineStats, GetStats, SamplingParams, StepInput
 from tprt.transport.codec import decode, encode
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -108,6 +109,25 @@ def test_what_runs_and_waits_is_told_while_a_step_runs(make: Make) -> None:
     assert busy.num_waiting == 1
     assert busy.oldest_waiting_s > 0
     assert busy.num_free_blocks < NUM_BLOCKS
+
+
+def test_a_request_that_ends_while_steps_are_sent_ahead_is_no_longer_said_to_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[int] = []
+    monkeypatch.setattr(WorkerGroup, "note_requests", lambda group, num_running, *_: noted.append(num_running))
+    engine = make(1)
+
+    def answer_slowly(rank: Rank, step: StepInput) -> None:
+        time.sleep(0.002)
+        rank.answer(step)
+
+    engine.ranks[0].on_step = answer_slowly
+    client = engine.start().client()
+    client.add(0, max_tokens=190)
+    client.add(1, max_tokens=4)
+    client.wait(lambda: len(client.reasons) == 2)
+    assert 1 in noted[noted.index(2) :]
 
 
 def test_a_group_that_starts_is_said_not_to_serve_and_the_counters_live_on(replaced: ReplacedEngine) -> None:
