@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tprt.errors import EngineDeadError, InvalidRequestError
 from tprt.messages import (
@@ -123,8 +124,10 @@ class EngineClient:
         """
         if sampling.stop and self._tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and this checkpoint has none")
-        if prompt_token_ids and not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < 2**31:
-            raise InvalidRequestError("prompt token ids must be from 0 to the size of the vocabulary")
+        if prompt_token_ids and not _are_token_ids(np.array(prompt_token_ids)):
+            raise InvalidRequestError(
+                "prompt token ids must be whole numbers from 0 to the size of the vocabulary"
+            )
 
     def hand_over(self) -> dict[int, Completion]:
         """Return the requests that have not ended, by id, and know nothing of them any more."""
@@ -245,6 +248,11 @@ class EngineClient:
         if completion is not None:
             self.load -= _tokens_of(completion)
         return completion
+
+
+def _are_token_ids(tokens: NDArray[Any]) -> bool:
+    """Tell whether a conversion to int32 leaves them as they are."""
+    return tokens.dtype.kind in "iu" and bool(tokens.min() >= 0 and tokens.max() < 2**31)
 
 
 def _is_bounded(completion: Completion) -> bool:

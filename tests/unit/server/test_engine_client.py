@@ -185,9 +185,9 @@ def test_a_dead_engine_and_a_message_that_is_not_for_clients_are_errors(
 def test_what_can_be_seen_to_be_wrong_is_refused_before_it_is_sent(client: EngineClient, lane: Lane) -> None:
     with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):
         client.add([1], SamplingParams(stop=("x",)))
-    for ids in ([-1], [2**31]):
-        with pytest.raises(InvalidRequestError, match="must be from 0"):
-            client.add(ids, GREEDY)
+    for ids in ([-1], [2**31], [2**70], [1.7, 2.2], [True], [None]):
+        with pytest.raises(InvalidRequestError, match="must be whole numbers from 0"):
+            client.add(ids, GREEDY)  # type: ignore[arg-type]
     assert lane.sent == []
     assert client.num_running == 0
 
