@@ -216,6 +216,7 @@ class Coordinator:
             self._drain_clients()
             if self._shutdown is not None:
                 return
+            self._note_requests()
             poller.poll(_LOOK_S * 1000)
             self._raise_if_group_failed()
         if num_blocks != self._scheduler.limits.num_blocks:

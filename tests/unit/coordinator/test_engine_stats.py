@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.coordinator.driving import add, answer, run, schedule
 from tests.unit.coordinator.driving import make as make_scheduler
-from tests.unit.coordinator.engine_of_threads import NUM_BLOCKS, Make, Rank, assert_set
+from tests.unit.coordinator.engine_of_threads import DEADLINE_S, NUM_BLOCKS, Make, Rank, assert_set
 from tests.unit.coordinator.replaced_engine import ReplacedEngine
 from tprt.coordinator.greeting import describe
 from tprt.coordinator.worker_group import WorkerGroup
@@ -155,6 +155,26 @@ def test_a_group_that_starts_is_said_not_to_serve_and_the_counters_live_on(repla
     assert after.num_generated_tokens == 10
     assert after.num_prompt_tokens == 3, "a prompt is counted once, though it is computed again"
     assert after.num_steps == 10
+
+
+def test_requests_that_wait_for_new_ranks_are_said_to_wait(
+    replaced: ReplacedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[tuple[int, int, int]] = []
+    waits = threading.Event()
+
+    def note(group: WorkerGroup, num_running: int, num_waiting: int, oldest_waiting_ns: int) -> None:
+        noted.append((group.epoch, num_running, num_waiting))
+        if noted[-1] == (1, 0, 1):
+            waits.set()
+
+    monkeypatch.setattr(WorkerGroup, "note_requests", note)
+    replaced.keeper.dies = lambda epoch, step: epoch == 0 and step.step == 4
+    replaced.keeper.starts = lambda epoch: epoch == 0 or waits.wait(DEADLINE_S)
+    client = replaced.start().client()
+    client.add(1, prompt_len=3, max_tokens=10)
+    client.wait(lambda: 1 in client.reasons)
+    assert (1, 0, 1) in noted
 
 
 def test_a_prompt_that_is_preempted_is_counted_once() -> None:
