@@ -53,7 +53,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; halves of surrogate pairs, which JSON can hold, count as U+FFFD."""
         text = _LONE_SURROGATES.sub("\ufffd", text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode` it lets other threads run meanwhile, and it leaves the places in the text away.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
