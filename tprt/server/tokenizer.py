@@ -46,6 +46,9 @@ class Tokenizer:
             self._tokenizer = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+        # How training cut and filled its samples is saved with the tokenizer, and means nothing for a prompt.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._detokenizer = Detokenizer(self._tokenizer)
         settings = _read_settings(Path(folder) / "tokenizer_config.json")
         self._template = read_chat_template(Path(folder), settings)
