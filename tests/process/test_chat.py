@@ -43,8 +43,8 @@ def nothing_is_left_behind(talking: TinyDeployment, tmpdir_of_children: Path) ->
 def answer(talking: TinyDeployment, tokenizer: Tokenizer, messages: list[dict[str, str]], count: int) -> str:
     """What transformers says to `messages`."""
     tokens = talking.expected(tokenizer.encode_chat(messages), count)
-    # The end-of-sequence token, 0, is one of text to this tokenizer.
-    return tokenizer.decode(tokens[: tokens.index(0) + 1] if 0 in tokens else tokens)
+    # The end-of-sequence token, 0, is one of text to this tokenizer, and still no part of an answer.
+    return tokenizer.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens)
 
 
 def test_lines_through_a_pipe_are_a_conversation(talking: TinyDeployment) -> None:

@@ -102,10 +102,13 @@ class Completion:
         taken, self._num_taken = self._num_taken, len(self._released)
         return "".join(self._released[taken:])
 
-    def append(self, token_id: int, tokenizer: Tokenizer | None) -> None:
-        """Take the next token; ends the completion when its text completes a stop string."""
+    def append(self, token_id: int, tokenizer: Tokenizer | None, ends_output: bool = False) -> None:
+        """Take the next token; ends the completion when its text completes a stop string.
+
+        One that is there to end the output, as `ends_output` tells, has no text, whatever its name.
+        """
         self.token_ids.append(token_id)
-        if tokenizer is None or token_id in self.sampling.stop_token_ids:
+        if tokenizer is None or ends_output:
             return
         if self._stream is None:
             self._stream = tokenizer.decode_stream()

@@ -35,6 +35,7 @@ from tprt.transport.channel import Buffer
 from tprt.transport.codec import decode, encode
 
 _NOT_FINISHED = int(FinishReason.NONE)
+_STOP = int(FinishReason.STOP)
 # Outputs end long before most of what max_tokens allows.
 _MAX_TO_COME = 256
 
@@ -221,7 +222,7 @@ class EngineClient:
                     completion.logprobs.append(_logprobs(output, row, completion.sampling.logprobs))
                 # One that may come has come; beyond the bound another takes its place.
                 self.load += _is_bounded(completion)
-                completion.append(token_id, self._tokenizer)
+                completion.append(token_id, self._tokenizer, reason == _STOP)
             if reason != _NOT_FINISHED or completion.finished:
                 self._end(request_id, completion, FinishReason(reason))
             self._on_news(request_id)

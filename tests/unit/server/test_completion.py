@@ -128,12 +128,13 @@ def test_a_stop_string_can_be_complete_with_what_was_left_at_the_end(tokenizer: 
     assert (completion.text, completion.finish_reason) == ("a", "stop")
 
 
-def test_a_stop_token_is_no_part_of_the_text(tokenizer: Tokenizer) -> None:
+def test_a_token_that_ends_the_output_is_no_part_of_the_text(tokenizer: Tokenizer) -> None:
     dot = tokenizer.encode(".")[0]
-    completion, _ = feed(tokenizer, "one.", stop_token_ids=(dot,))
+    completion, _ = feed(tokenizer, "one. two")
+    completion.append(dot, tokenizer, ends_output=True)
     completion.finish(FinishReason.STOP, tokenizer)
     assert completion.token_ids[-1] == dot
-    assert completion.text == "one"
+    assert completion.text == "one. two"
 
 
 def test_the_first_end_counts(tokenizer: Tokenizer) -> None:

@@ -231,6 +231,15 @@ class Numbers:
         return ""
 
 
+def test_the_token_that_ends_an_output_has_no_text_whatever_its_name(lane: Lane) -> None:
+    client = EngineClient(lane, cast(Tokenizer, Numbers()))
+    completions = [client.add([1], GREEDY)[1] for _ in range(2)]
+    lane.bring(output((0, 7, NONE), (1, 7, NONE)))
+    lane.bring(output((0, 2, STOP), (1, 2, LENGTH)))
+    client.poll(0.0)
+    assert [completion.text for completion in completions] == ["7", "72"]
+
+
 def recomputed(client: EngineClient) -> int:
     """Return the load of the requests that have not ended, counted anew."""
     running = client._running.values()
