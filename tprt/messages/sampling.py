@@ -100,7 +100,8 @@ class SamplingParams:
         repetition_penalty: divides the positive and multiplies the negative logits of the tokens of prompt and
             output (Keskar et al. 2019, arXiv:1909.05858); 1 leaves them.
         logit_bias: (token id, what is added to its logit).
-        min_tokens: end-of-sequence tokens and `stop_token_ids` are not chosen before so many tokens.
+        min_tokens: end-of-sequence tokens and `stop_token_ids` are not chosen before so many tokens, and stop
+            strings that are complete within them do not count.
         grammar: the output is a sentence of it.
 
     Raises:

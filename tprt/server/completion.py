@@ -131,7 +131,7 @@ class Completion:
     def _take(self, piece: str) -> None:
         """Look for stop strings in the next piece of text, and release what is before them."""
         if self._stops is not None:
-            piece = self._stops.feed(piece)
+            piece = self._stops.feed(piece, len(self.token_ids) > self.sampling.min_tokens)
             if self._stops.found is not None:
                 self.stop_reason = self._stops.found
                 self.finish_reason = "stop"

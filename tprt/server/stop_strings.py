@@ -25,10 +25,11 @@ class StopStrings:
         self._searches = [_Search(stop) for stop in stops]
         self._first_characters = {stop[0] for stop in stops}
 
-    def feed(self, piece: str) -> str:
+    def feed(self, piece: str, may_end: bool = True) -> str:
         """Take the next piece of the text; return what is certainly before any stop string.
 
-        After a stop string was found there is no more of it.
+        After a stop string was found there is no more of it. One that is complete in a piece which may not
+        end the text does not count.
         """
         if self.found is not None:
             return ""
@@ -37,7 +38,7 @@ class StopStrings:
         text = self.held + piece
         for at, character in enumerate(piece, len(self.held) + 1):
             ended = [search.stop for search in self._searches if search.step(character)]
-            if ended:
+            if ended and may_end:
                 self.found = max(ended, key=len)
                 self.held = ""
                 return text[: at - len(self.found)]
@@ -66,8 +67,9 @@ class _Search:
             matched = self._shorter[matched]
         if self.stop[matched] == character:
             matched += 1
-        self.matched = matched
-        return matched == len(self.stop)
+        is_whole = matched == len(self.stop)
+        self.matched = self._shorter[matched] if is_whole else matched
+        return is_whole
 
 
 def _shorter_matches(stop: str) -> list[int]:

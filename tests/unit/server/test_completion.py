@@ -82,6 +82,24 @@ def test_the_text_ends_before_the_first_stop_string(
     assert completion.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "expected"),
+    [
+        ("one", 2, ""),
+        ("one", 3, "one two "),
+        ("one", 11, "one two one two"),
+        ("o o", 8, "one tw"),
+        ("o o", 9, "one two one two"),
+    ],
+)
+def test_a_stop_string_that_is_complete_within_min_tokens_does_not_count(
+    tokenizer: Tokenizer, stop: str, min_tokens: int, expected: str
+) -> None:
+    completion, _ = feed(tokenizer, "one two one two", stop=(stop,), min_tokens=min_tokens)
+    assert completion.text == expected
+    assert completion.finished == (expected != "one two one two")
+
+
 def test_a_stop_string_that_never_comes_changes_nothing(tokenizer: Tokenizer) -> None:
     completion, _ = feed(tokenizer, "one two", stop=("three", "twos"))
     assert completion.text == "one two"

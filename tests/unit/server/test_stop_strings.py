@@ -36,6 +36,19 @@ def test_the_search_finds_what_a_look_at_the_whole_finds(pieces: list[str], stop
 
 
 @settings(max_examples=300, deadline=None, database=None)
+@given(st.text("ab", max_size=12), st.integers(0, 12), st.lists(WORDS, min_size=1, max_size=3))
+def test_what_is_complete_before_the_text_may_end_is_passed_over(text: str, at: int, stops: list[str]) -> None:
+    ends = [end for end in range(at + 1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    search = StopStrings(stops)
+    shown = "".join(search.feed(letter, place >= at) for place, letter in enumerate(text)) + search.release()
+    if ends:
+        found = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+        assert (shown, search.found) == (text[: ends[0] - len(found)], found)
+    else:
+        assert (shown, search.found) == (text, None)
+
+
+@settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(WORDS, max_size=8), st.lists(WORDS, min_size=1, max_size=3))
 def test_no_more_is_held_back_than_may_begin_a_stop_string(pieces: list[str], stops: list[str]) -> None:
     search = StopStrings(stops)
