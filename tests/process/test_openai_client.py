@@ -300,9 +300,25 @@ def test_errors_have_the_clients_own_classes(deployment: Deployment, client: Ope
     with deployment.client(api_key="wrong") as stranger, pytest.raises(openai.AuthenticationError) as unknown:
         stranger.models.list()
     assert unknown.value.code == "invalid_api_key"
-    with pytest.raises(openai.RateLimitError) as full:
+    with pytest.raises(openai.BadRequestError, match=f"asks for {MAX_SEQS + 1} outputs"):
         client.completions.create(model=MODEL, prompt=PROMPT, n=MAX_SEQS + 1)
+
+
+def wait_until_idle(deployment: Deployment) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while (health := deployment.served.ask("GET", "/health")[2])["num_requests"]:
+        assert time.monotonic() < deadline_s, health
+        time.sleep(0.02)
+
+
+def test_who_finds_all_places_taken_is_told_when_to_come_again(client: OpenAI, deployment: Deployment) -> None:
+    fields = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
+    with client.completions.create(**fields, n=MAX_SEQS, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as full:
+            client.completions.create(model=MODEL, prompt=PROMPT)
     assert int(full.value.response.headers["retry-after"]) >= 1
+    wait_until_idle(deployment)
 
 
 def test_closing_a_stream_ends_its_sequence(client: OpenAI, deployment: Deployment) -> None:
@@ -311,10 +327,7 @@ def test_closing_a_stream_ends_its_sequence(client: OpenAI, deployment: Deployme
     )
     next(iter(stream))
     stream.close()
-    deadline_s = time.monotonic() + WAIT_S
-    while (health := deployment.served.ask("GET", "/health")[2])["num_requests"]:
-        assert time.monotonic() < deadline_s, health
-        time.sleep(0.02)
+    wait_until_idle(deployment)
 
 
 def test_a_request_id_comes_back(client: OpenAI) -> None:

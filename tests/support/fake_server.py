@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from tprt.config import Config, ModelConfig, ServerConfig
-from tprt.errors import TprtError
+from tprt.errors import InvalidRequestError, TprtError
 from tprt.messages import EngineReady, EngineStats, FinishReason, PromptLogprobs, SamplingParams
 from tprt.server.completion import Completion, TokenLogprobs
 from tprt.server.http.app import make_app
@@ -70,6 +70,7 @@ class FakeEngine:
         tokens_at_once: tokens that come together.
         aborts_after: every request is ended by the engine after so many tokens.
         first_delay_s: the first request gets its tokens so much later.
+        num_places: most sequences of a request.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -85,6 +86,7 @@ class FakeEngine:
         self.first_delay_s = 0.0
         self.num_cached = 0
         self.queue_s: float | None = None
+        self.num_places = 1000
         self.submitted: list[tuple[list[int], SamplingParams, str]] = []
         self.aborted: list[str] = []
         self._running: dict[str, RequestStream] = {}
@@ -99,6 +101,10 @@ class FakeEngine:
 
     def running(self) -> list[tuple[str, Completion, float]]:
         return [(stream.name, stream.completion, stream.started_s) for stream in self._running.values()]
+
+    def require_places(self, count: int) -> None:
+        if count > self.num_places:
+            raise InvalidRequestError(f"there are {self.num_places} places")
 
     def submit(self, prompt: list[int], sampling: SamplingParams, request_id: str = "") -> RequestStream:
         if self.refusal is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections import deque
 
+from tprt.errors import InvalidRequestError
+
 _MAX_RETRY_S = 60
 # Requests that ended last, from which the pace is taken.
 _NUM_ENDS = 64
@@ -27,9 +29,19 @@ class Admission:
         self._max_queued = max_queued
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)
 
-    def has_place(self, num_present: int) -> bool:
-        """Tell whether one more may come to `num_present`."""
-        return num_present < self._max_running + self._max_queued
+    def has_places(self, count: int, num_present: int) -> bool:
+        """Tell whether `count` more may come to `num_present`.
+
+        Raises:
+            InvalidRequestError: there are fewer places than that in all.
+        """
+        num_places = self._max_running + self._max_queued
+        if count > num_places:
+            raise InvalidRequestError(
+                f"the request asks for {count} outputs, prompts times n, and this server takes {num_places} at"
+                " a time; send several requests"
+            )
+        return num_present + count <= num_places
 
     def on_end(self, now_s: float) -> None:
         """Note that a request has ended."""

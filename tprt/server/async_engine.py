@@ -127,6 +127,11 @@ class AsyncEngine:
         """Return the requests that have not ended: name, what there is of each, and its start (monotonic s)."""
         return [(stream.name, stream.completion, stream.started_s) for stream in self._streams.values()]
 
+    def require_places(self, count: int) -> None:
+        """Raise `EngineBusyError` if so many requests have no places now, `InvalidRequestError` if never."""
+        if not self._admission.has_places(count, self.num_running):
+            raise self._busy(f"{self.num_running} requests are in the engine")
+
     def submit(
         self, prompt_token_ids: list[int], sampling: SamplingParams, request_id: str = ""
     ) -> RequestStream:
@@ -139,8 +144,7 @@ class AsyncEngine:
         """
         if self._failure is not None:
             raise EngineDeadError(self._failure)
-        if not self._admission.has_place(self.num_running):
-            raise self._busy(f"{self.num_running} requests are in the engine")
+        self.require_places(1)
         number, completion = self._client.add(prompt_token_ids, sampling)
         meter = self._meter.begin(self._client.replica_of(number), len(prompt_token_ids), sampling)
         stream = RequestStream(request_id, completion, meter, partial(self._abort, number))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from tprt.errors import InvalidRequestError
 from tprt.server.admission import Admission
 
 
 def test_there_are_places_for_those_that_run_and_those_that_wait() -> None:
     admission = Admission(max_running=3, max_queued=2)
-    assert [admission.has_place(present) for present in range(7)] == [True] * 5 + [False] * 2
+    assert [admission.has_places(1, present) for present in range(7)] == [True] * 5 + [False] * 2
+    assert [admission.has_places(3, present) for present in range(5)] == [True] * 3 + [False] * 2
+
+
+def test_more_than_there_are_places_need_not_come_again() -> None:
+    admission = Admission(max_running=3, max_queued=2)
+    assert admission.has_places(5, 0)
+    with pytest.raises(InvalidRequestError, match=r"asks for 6 outputs.* takes 5 at"):
+        admission.has_places(6, 0)
 
 
 @pytest.mark.parametrize(

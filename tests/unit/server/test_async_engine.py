@@ -176,7 +176,13 @@ async def test_what_can_never_be_served_is_refused_before_it_is_sent() -> None:
 async def test_beyond_the_places_and_the_queue_a_request_is_refused_until_one_ends() -> None:
     settings = {"scheduler__max_num_seqs": 2, "server__max_queued_requests": 1}
     async with engines(**settings) as (engine, lane, meter):
-        streams = [engine.submit([1], GREEDY) for _ in range(3)]
+        engine.require_places(3)
+        streams = [engine.submit([1], GREEDY)]
+        with pytest.raises(EngineBusyError, match="1 requests"):
+            engine.require_places(3)
+        with pytest.raises(InvalidRequestError, match="takes 3 at a time"):
+            engine.require_places(4)
+        streams += [engine.submit([1], GREEDY) for _ in range(2)]
         with pytest.raises(EngineBusyError, match="3 requests") as caught:
             engine.submit([1], GREEDY)
         assert caught.value.retry_after_s >= 1

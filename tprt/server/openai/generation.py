@@ -81,12 +81,13 @@ class Generation:
         self._prompt_is_known = [asyncio.Event() for _ in jobs]
         self._record.sampling, self._record.num_choices = jobs[0].sampling, num_choices
         self._record.num_prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs)
-        several = len(jobs) * num_choices > 1
+        count = len(jobs) * num_choices
         async with AsyncExitStack() as stack:
             try:
-                for index in range(len(jobs) * num_choices):
+                self._engine.require_places(count)
+                for index in range(count):
                     job, choice = jobs[index // num_choices], index % num_choices
-                    name = f"{self._id}-{index}" if several else self._id
+                    name = f"{self._id}-{index}" if count > 1 else self._id
                     sampling = for_choice(job.sampling, choice)
                     stream = self._engine.submit(job.prompt_token_ids, sampling, name)
                     self._streams.append(await stack.enter_async_context(stream))

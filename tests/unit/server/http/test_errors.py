@@ -189,6 +189,14 @@ def test_a_refusal_that_comes_by_the_stream_has_a_status_as_well(server: FakeSer
         assert "token" in error_of(server.chat(stream=streams), 400)["message"]
 
 
+def test_more_choices_than_there_are_places_are_refused_before_any_is_begun(server: FakeServer) -> None:
+    server.engine.num_places = 5
+    error_of(server.chat(n=6), 400)
+    for streams in (False, True):
+        error_of(server.complete(prompt=["a", "b"], n=3, stream=streams), 400)
+    assert server.engine.submitted == []
+
+
 def test_a_failure_in_mid_stream_is_an_event_and_the_end(server: FakeServer) -> None:
     server.engine.failure = EngineDeadError("rank 0 died\nTraceback in /home/user/secret.py")
     response = server.chat(stream=True)
