@@ -275,7 +275,10 @@ def test_an_output_is_parsed_into_a_type(client: OpenAI) -> None:
 
 def test_extra_parameters_of_vllm(client: OpenAI) -> None:
     answer = client.completions.create(
-        model=MODEL, prompt=PROMPT, max_tokens=8, extra_body={"guided_choice": ["Paris", "London"]}
+        model=MODEL,
+        prompt=PROMPT,
+        max_tokens=8,
+        extra_body={"structured_outputs": {"choice": ["Paris", "London"]}},
     )
     assert answer.choices[0].text in ("Paris", "London")
 

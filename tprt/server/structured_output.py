@@ -1,8 +1,8 @@
 """What a request says about the shape of its output, as one grammar.
 
-OpenAI's `response_format` and `tool_choice`, and vLLM's `guided_json`, `guided_regex`, `guided_choice` and
-`guided_grammar`. llguidance says what it cannot compile before the engine hears of it. Knows nothing of tokens
-and masks.
+OpenAI's `response_format` and `tool_choice`, and vLLM's `structured_outputs` and, as they were called before,
+`guided_json`, `guided_regex`, `guided_choice` and `guided_grammar`. llguidance says what it cannot compile
+before the engine hears of it. Knows nothing of tokens and masks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _COMPILERS: dict[str, Callable[[str], str]] = {
     "regex": LLMatcher.grammar_from_regex,
     "lark": LLMatcher.grammar_from_lark,
 }
-_KIND_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_KIND_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,7 @@ class OutputRules:
         response_format: `{"type": "text" | "json_object"}` or `{"type": "json_schema", "json_schema": {...}}`.
         guided_json: a JSON schema, as an object or as its text.
         guided_regex, guided_choice, guided_grammar: a regular expression, one of some texts, a Lark grammar.
+        structured_outputs: one of these as `json`, `regex`, `choice` or `grammar`, or true as `json_object`.
         tools: OpenAI's tool objects.
         tool_choice: "none", "auto", "required", or `{"type": "function", "function": {"name": ...}}`.
         parallel_tool_calls: there may be several calls.
@@ -52,6 +53,7 @@ class OutputRules:
     guided_regex: str | None = None
     guided_choice: Sequence[str] | None = None
     guided_grammar: str | None = None
+    structured_outputs: Mapping[str, Any] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -71,7 +73,8 @@ def grammar_of(rules: OutputRules) -> Grammar | None:
     guided = _guided(rules)
     formatted = _formatted(rules.response_format)
     if guided is not None and formatted is not None:
-        raise InvalidFieldError("response_format", "a guided_* field is there as well; expected one of them")
+        problem = "a guided_* field or structured_outputs is there as well; expected one of them"
+        raise InvalidFieldError("response_format", problem)
     functions = _functions_to_call(rules)
     if not functions:
         return guided or formatted
@@ -109,18 +112,30 @@ def _complaint_here(grammar: Grammar) -> str:
 
 
 def _guided(rules: OutputRules) -> Grammar | None:
-    given = [name for name in _GUIDED if getattr(rules, name) is not None]
+    asked = {
+        f"guided_{kind}": getattr(rules, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")
+    }
+    named = {f"structured_outputs.{kind}": value for kind, value in (rules.structured_outputs or {}).items()}
+    given = {
+        field: value for field, value in (asked | named).items() if value is not None and value is not False
+    }
+    if rules.structured_outputs is not None and not any(field in given for field in named):
+        problem = "none of json, regex, choice, grammar and json_object is there; expected one of them"
+        raise InvalidFieldError("structured_outputs", problem)
     if len(given) > 1:
-        raise InvalidFieldError(given[1], f"{given[0]} is there as well; expected one of them")
-    if rules.guided_json is not None:
-        return _json_grammar("guided_json", rules.guided_json)
-    if rules.guided_regex is not None:
-        return bounded_grammar("guided_regex", "regex", rules.guided_regex)
-    if rules.guided_choice is not None:
-        return _choice_grammar(rules.guided_choice)
-    if rules.guided_grammar is not None:
-        return bounded_grammar("guided_grammar", "lark", rules.guided_grammar)
-    return None
+        first, second, *_ = given
+        raise InvalidFieldError(second, f"{first} is there as well; expected one of them")
+    return next((_guided_by(field, value) for field, value in given.items()), None)
+
+
+def _guided_by(field: str, value: Any) -> Grammar:
+    if field.endswith("json_object"):
+        return _json_grammar(field, {"type": "object"})
+    if field.endswith("json"):
+        return _json_grammar(field, value)
+    if field.endswith("choice"):
+        return _choice_grammar(field, value)
+    return bounded_grammar(field, "regex" if field.endswith("regex") else "lark", value)
 
 
 def _formatted(response_format: Mapping[str, Any] | None) -> Grammar | None:
@@ -143,11 +158,11 @@ def _json_grammar(field: str, schema: object) -> Grammar:
     return bounded_grammar(field, "json_schema", schema_source(field, schema))
 
 
-def _choice_grammar(choices: Sequence[str]) -> Grammar:
+def _choice_grammar(field: str, choices: Sequence[str]) -> Grammar:
     if not 1 <= len(choices) <= MAX_CHOICES:
-        raise InvalidFieldError("guided_choice", f"{len(choices)} choices; expected 1 to {MAX_CHOICES}")
+        raise InvalidFieldError(field, f"{len(choices)} choices; expected 1 to {MAX_CHOICES}")
     source = "start: " + " | ".join(quoted(choice) for choice in choices)
-    return bounded_grammar("guided_choice", "lark", source)
+    return bounded_grammar(field, "lark", source)
 
 
 def _functions_to_call(rules: OutputRules) -> list[Function]:

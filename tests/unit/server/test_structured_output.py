@@ -90,6 +90,11 @@ def test_where_nothing_is_asked_there_is_no_grammar(fields: dict[str, Any]) -> N
             ['{"city": "x"}', '{"city":"x"}'],
             ["{}", '{"city": 1}', '{"city": "x", "b": 1}'],
         ),
+        ({"structured_outputs": {"json": CITY, "regex": None}}, ['{"city": "x"}'], ["{}"]),
+        ({"structured_outputs": {"regex": "[0-9]"}}, ["1"], ["a"]),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, ["no"], ["yesno"]),
+        ({"structured_outputs": {"grammar": 'start: "a"+'}}, ["aa"], ["b"]),
+        ({"structured_outputs": {"json_object": True}}, ["{}"], ["1"]),
         ({"guided_json": json.dumps(CITY)}, ['{\n  "city": "x"\n}'], ["{}"]),
         ({"guided_json": TREE}, ['{"deeper": {"deeper": {}}}'], ['{"deeper": 1}']),
         (

@@ -53,13 +53,14 @@ async def _checked(rules: OutputRules) -> Grammar | None:
 
 
 def _rules(body: SamplingFields) -> OutputRules:
-    shape = body.response_format
+    shape, structured = body.response_format, body.structured_outputs
     return OutputRules(
         response_format=None if shape is None else shape.model_dump(by_alias=True, exclude_none=True),
         guided_json=body.guided_json,
         guided_regex=body.guided_regex,
         guided_choice=body.guided_choice,
         guided_grammar=body.guided_grammar,
+        structured_outputs=None if structured is None else structured.model_dump(by_alias=True),
     )
 
 

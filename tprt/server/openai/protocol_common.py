@@ -55,6 +55,21 @@ class ResponseFormat(ProtocolModel):
     """For json_schema."""
 
 
+class StructuredOutputs(ProtocolModel):
+    """What the fields guided_* say, by the names that vLLM has for it since 0.12: one of them."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON schema."""
+    regex: str | None = None
+    """A regular expression."""
+    choice: list[str] | None = None
+    """Some texts."""
+    grammar: str | None = None
+    """A grammar (Lark, as llguidance reads it)."""
+    json_object: bool | None = None
+    """Any JSON object."""
+
+
 class SamplingFields(ProtocolModel):
     """How tokens are chosen, when they end, and what form they have.
 
@@ -108,6 +123,8 @@ class SamplingFields(ProtocolModel):
     """The output is one of these."""
     guided_grammar: str | None = None
     """A grammar (Lark, as llguidance reads it) that the output follows."""
+    structured_outputs: StructuredOutputs | None = None
+    """The same, by the names of newer versions of vLLM."""
     return_token_ids: bool | None = None
     """Return the ids of the tokens of each choice as well, as vLLM does."""
     user: str | None = None
