@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tprt.server.http.errors import ApiError
+from tprt.server.http.request_log import request_id_of
 
 # What people and machines look at meanwhile.
 _ALWAYS_OPEN = frozenset({"/health", "/metrics", "/version", "/state", "/"})
@@ -44,6 +46,8 @@ class DrainGate:
             await self._app(scope, receive, send)
         elif self._is_closed:
             headers = {"Retry-After": _RETRY_S, "Connection": "close"}
+            # Those inside get theirs from the log, which is behind the gate.
+            headers["x-request-id"] = request_id_of(Headers(scope=scope))
             refusal = ApiError(503, "the server is about to end", code="shutting_down", headers=headers)
             await refusal.response()(scope, receive, send)
         else:

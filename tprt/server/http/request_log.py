@@ -87,7 +87,7 @@ class LogRequests:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        record = RequestRecord(_request_id(headers))
+        record = RequestRecord(request_id_of(headers))
         scope[_RECORD] = record
         id_header = (b"x-request-id", record.request_id.encode())
 
@@ -107,7 +107,8 @@ class LogRequests:
                 self._tracer.trace(endpoint, headers, record)
 
 
-def _request_id(headers: Headers) -> str:
+def request_id_of(headers: Headers) -> str:
+    """Return the id that a request brings, or a new one."""
     given = headers.get("x-request-id", "")
     return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 

@@ -35,7 +35,8 @@ async def ask(gate: DrainGate, path: str) -> list[Message]:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await gate({"type": "http", "path": path, "method": "POST", "headers": []}, receive, send)
+    headers = [(b"x-request-id", b"mine")]
+    await gate({"type": "http", "path": path, "method": "POST", "headers": headers}, receive, send)
     return sent
 
 
@@ -58,6 +59,7 @@ def test_those_inside_finish_and_others_are_refused_with_a_time_to_come_again() 
         headers = dict(refusal["headers"])
         assert (refusal["status"], headers[b"connection"]) == (503, b"close")
         assert headers[b"retry-after"].isdigit()
+        assert headers[b"x-request-id"] == b"mine"
         assert b'"shutting_down"' in content["body"]
         assert (await ask(gate, "/ready"))[0]["status"] == 503
         assert not await gate.wait_until_empty(0.01)
