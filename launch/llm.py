@@ -146,7 +146,7 @@ class LLM:
             EngineDeadError: a process failed.
         """
         assert self._client is not None
-        added = [self._client.add(ids, sampling) for ids, sampling in zip(prompts, params, strict=True)]
+        added = [self._add(ids, sampling) for ids, sampling in zip(prompts, params, strict=True)]
         completions = [completion for _, completion in added]
         reported = 0
         with PutOffEnd() as end:
@@ -161,7 +161,8 @@ class LLM:
                         progress.update()
             finally:
                 for request_id, _ in added:
-                    self._client.abort(request_id)
+                    if request_id is not None:
+                        self._client.abort(request_id)
             for index in range(reported, len(completions)):
                 on_finished(index, completions[index])
             if end.is_asked:
@@ -189,6 +190,14 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _add(self, ids: list[int], sampling: SamplingParams) -> tuple[int | None, Completion]:
+        """Send a request; one that cannot be sent has no id, and its completion says why."""
+        assert self._client is not None
+        try:
+            return self._client.add(ids, sampling)
+        except InvalidRequestError as error:
+            return None, Completion(ids, sampling, error=str(error))
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`."""

@@ -162,6 +162,13 @@ class TestOneDeployment:
             llm.generate([5] * 3000, GREEDY)
         assert llm.generate("The sky is", ONE_TOKEN)[0].outputs[0].text
 
+    def test_a_prompt_that_cannot_even_be_sent_leaves_the_others_alone(self, llm: LLM) -> None:
+        first, refused, last = llm.run([[504], [-1], [505]], [ONE_TOKEN] * 3)
+        assert (len(first.token_ids), len(last.token_ids)) == (1, 1)
+        assert "must be whole numbers from 0" in (refused.error or "")
+        with pytest.raises(InvalidRequestError, match="prompt 2: prompt token ids must be whole"):
+            llm.generate([[504], [-1]], ONE_TOKEN)
+
     def test_a_second_prompt_with_the_same_beginning_takes_it_from_the_cache(self, llm: LLM) -> None:
         prompt = list(range(100, 164))
         llm.generate(prompt, ONE_TOKEN)
