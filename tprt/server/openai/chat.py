@@ -5,7 +5,7 @@ Knows nothing of how tokens are made and of how bytes are sent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
@@ -93,7 +93,7 @@ async def _whole(plan: _Plan) -> dict[str, object]:
 
 async def _stream(plan: _Plan, emit: Emit) -> None:
     body = plan.request
-    extras = stream_extras(body, bool(body.logprobs))
+    extras = replace(stream_extras(body, bool(body.logprobs)), prompt_token_ids=plan.job.prompt_token_ids)
     head = plan.head.fields()
     choices = [
         ChatChoiceStream(head, index, plan.tool_use, extras, plan.tokenizer)

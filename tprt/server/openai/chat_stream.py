@@ -47,8 +47,13 @@ class ChatChoiceStream:
         """Return the events that tell of `delta`; none where it has brought nothing to show."""
         if self._is_plain and self._has_begun and delta.finish_reason is None:
             return self._template.text(delta.text) if delta.text else b""
-        chunks = [] if self._has_begun else [self._chunk(_ROLE, usage)]
-        self._has_begun = True
+        chunks = []
+        if not self._has_begun:
+            self._has_begun = True
+            more: dict[str, Any] = {}
+            if self._extras.token_ids:
+                more["prompt_token_ids"] = self._extras.prompt_token_ids
+            chunks.append(self._chunk(_ROLE, usage, **more))
         changes = self._changes(delta)
         if not changes and (delta.logprobs or (self._extras.token_ids and delta.token_ids)):
             changes = [{"content": ""}]
@@ -77,13 +82,18 @@ class ChatChoiceStream:
         return {"tool_calls": [call_change(piece)]} if self._tool_use.keeps(piece) else None
 
     def _chunk(
-        self, change: Mapping[str, Any], usage: _Usage, delta: Delta | None = None, finish: str | None = None
+        self,
+        change: Mapping[str, Any],
+        usage: _Usage,
+        delta: Delta | None = None,
+        finish: str | None = None,
+        **more: object,
     ) -> bytes:
         logprobs = self._logprobs(delta.logprobs) if delta is not None and self._extras.logprobs else None
         choice: dict[str, object] = {"delta": change, "logprobs": logprobs, "finish_reason": finish}
         if self._extras.token_ids:
             choice["token_ids"] = [] if delta is None else delta.token_ids
-        return self._template.chunk(choice, usage)
+        return self._template.chunk(choice, usage, **more)
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, object] | None:
         return chat_logprobs(tokens, self._tokenizer) if tokens else None

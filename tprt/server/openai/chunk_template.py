@@ -6,7 +6,7 @@ The common chunk, some text and nothing else, costs a concatenation. Knows nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
 
@@ -18,12 +18,16 @@ TEXT = "\x00text\x00"
 
 @dataclass(frozen=True, slots=True)
 class StreamExtras:
-    """What the chunks of a stream carry besides text: `usage_at_end` is a chunk of its own."""
+    """What the chunks of a choice carry besides text.
+
+    `usage_at_end` is a chunk of its own; with `token_ids`, the first chunk has `prompt_token_ids`.
+    """
 
     logprobs: bool = False
     token_ids: bool = False
     usage_at_end: bool = False
     usage_always: bool = False
+    prompt_token_ids: Sequence[int] = ()
 
     @property
     def are_plain(self) -> bool:
@@ -65,12 +69,14 @@ class ChunkTemplate:
         """Return a chunk like the example with this text."""
         return (self._before + encode_basestring(text) + self._after).encode()
 
-    def chunk(self, choice: Mapping[str, object], usage: Mapping[str, object] | None = None) -> bytes:
-        """Return a chunk with these fields of the choice."""
-        return self._event(choice, usage).encode()
+    def chunk(
+        self, choice: Mapping[str, object], usage: Mapping[str, object] | None = None, **more: object
+    ) -> bytes:
+        """Return a chunk with these fields of the choice, and `more` beside the choice."""
+        return self._event(choice, usage, **more).encode()
 
-    def _event(self, choice: Mapping[str, object], usage: Mapping[str, object] | None) -> str:
-        payload: dict[str, object] = {**self._head, "choices": [{"index": self._index, **choice}]}
+    def _event(self, choice: Mapping[str, object], usage: Mapping[str, object] | None, **more: object) -> str:
+        payload: dict[str, object] = {**self._head, "choices": [{"index": self._index, **choice}], **more}
         if self._has_usage:
             payload["usage"] = usage
         return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -70,6 +70,7 @@ class CompletionChoiceStream:
         self._prompt_length = len(echoed)
         self._tokenizer = tokenizer
         self._offsets = TextOffsets()
+        self._has_begun = False
 
     def events(self, delta: Delta, usage: Mapping[str, object] | None = None) -> bytes:
         """Return the event that tells of `delta`; none where it has brought nothing to show."""
@@ -88,6 +89,9 @@ class CompletionChoiceStream:
         }
         if self._extras.token_ids:
             choice["token_ids"] = delta.token_ids
+            if not self._has_begun:
+                choice["prompt_token_ids"] = self._extras.prompt_token_ids
+        self._has_begun = True
         return self._template.chunk(choice, usage)
 
     def _logprobs(self, delta: Delta) -> Mapping[str, object] | None:

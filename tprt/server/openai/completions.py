@@ -133,8 +133,9 @@ async def _stream(plan: _Plan, emit: Emit) -> None:
     body = plan.request
     extras = stream_extras(body, body.logprobs is not None)
     head = plan.head.fields()
+    several = [replace(extras, prompt_token_ids=job.prompt_token_ids) for job in plan.jobs]
     choices = [
-        CompletionChoiceStream(head, index, echoed, extras, plan.tokenizer)
+        CompletionChoiceStream(head, index, echoed, several[index // body.num_choices], plan.tokenizer)
         for index, echoed in enumerate(plan.echoed)
     ]
     async with plan.generation.running(plan.jobs, body.num_choices):

@@ -105,6 +105,7 @@ def test_token_ids_are_returned_when_asked_for(server: FakeServer) -> None:
     streamed = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
     assert streamed == whole["choices"][0]["token_ids"]
     assert len(streamed) == whole["usage"]["completion_tokens"]
+    assert [chunk.get("prompt_token_ids") for chunk in chunks[:2]] == [whole["prompt_token_ids"], None]
 
 
 def test_sampling_parameters_reach_the_engine(server: FakeServer) -> None:

@@ -73,6 +73,15 @@ def test_a_stream_says_the_same_as_a_whole_answer(server: FakeServer) -> None:
         assert [value for part in parts if part for value in part[name]] == values
 
 
+def test_the_first_chunk_of_each_choice_has_the_ids_of_its_prompt(echoing: FakeServer) -> None:
+    fields = {"prompt": ["a", "b"], "n": 2, "return_token_ids": True}
+    whole = [choice["prompt_token_ids"] for choice in echoing.complete(**fields).json()["choices"]]
+    chunks = chunks_of(echoing.complete(**fields, stream=True).text)
+    for index, prompt in enumerate(whole):
+        parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert [part.get("prompt_token_ids") for part in parts] == [prompt, *[None] * (len(parts) - 1)]
+
+
 def test_echo_puts_the_prompt_before_the_output(echoing: FakeServer, byte_tokenizer: Tokenizer) -> None:
     for prompt in ("ab", byte_tokenizer.encode("ab")):
         assert echoing.complete(prompt=prompt, echo=True).json()["choices"][0]["text"] == "ab<ab>"
