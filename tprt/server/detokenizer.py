@@ -35,11 +35,13 @@ _Value = TypeVar("_Value")
 class Detokenizer:
     """Text streams, and the bytes of single tokens, for one tokenizer."""
 
-    def __init__(self, tokenizer: FastTokenizer) -> None:
-        """Read the tokenizer's decoder."""
+    def __init__(self, tokenizer: FastTokenizer, shown: Sequence[str] = ()) -> None:
+        """Read the tokenizer's decoder; `shown` are tokens that have text even where they are special."""
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special_ids = frozenset(
+            token_id for token_id, token in added.items() if token.special and token.content not in shown
+        )
         steps = _steps(tokenizer.decoder)
         self._is_byte_level = [step["type"] for step in steps] == ["ByteLevel"]
         self._chain = _read_chain(steps)

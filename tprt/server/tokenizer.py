@@ -49,7 +49,8 @@ class Tokenizer:
         # How training cut and filled its samples is saved with the tokenizer, and means nothing for a prompt.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._detokenizer = Detokenizer(self._tokenizer)
+        # Some checkpoints have them as special tokens, but calls are found by them.
+        self._detokenizer = Detokenizer(self._tokenizer, shown=(OPEN_TAG, CLOSE_TAG))
         settings = _read_settings(Path(folder) / "tokenizer_config.json")
         self._template = read_chat_template(Path(folder), settings)
 

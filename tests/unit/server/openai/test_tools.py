@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
 
-from tests.support.fake_server import END, FakeServer
+from tests.support.fake_server import END, FakeServer, fake_server, save_byte_tokenizer
 from tests.support.sse import chat_text, chunks_of, finish_reasons
 from tprt.server.tokenizer import Tokenizer
 
@@ -59,6 +61,18 @@ def test_a_streamed_call_is_the_same(tool_server: FakeServer) -> None:
     assert call["id"]
     assert chat_text(chunks).strip() == "Wait."
     assert finish_reasons(chunks) == ["tool_calls"]
+
+
+def test_a_call_is_found_where_its_tags_are_special_tokens(tmp_path: Path) -> None:
+    file = save_byte_tokenizer(tmp_path, with_tools=True) / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(file))
+    fast.add_special_tokens(["<tool_call>", "</tool_call>"])
+    fast.save(str(file))
+    with fake_server(Tokenizer(str(tmp_path))) as server:
+        choice = says(server, CALL).chat(tools=[WEATHER]).json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+        chunks = chunks_of(says(server, CALL).chat(tools=[WEATHER], stream=True).text)
+        assert [call["name"] for call in streamed_calls(chunks).values()] == ["weather"]
 
 
 def test_an_answer_without_a_call_is_plain_text(tool_server: FakeServer) -> None:
