@@ -29,8 +29,8 @@ def completion_choice(
     """Return one choice; `echoed` is put before its text."""
     logprobs = None
     if with_logprobs:
-        offsets = TextOffsets()
-        prompt = _prompt_part(output.prompt, len(echoed), tokenizer, offsets)
+        offsets = TextOffsets(tokenizer)
+        prompt = _prompt_part(output.prompt, echoed, tokenizer, offsets)
         logprobs = join_logprobs([*prompt, completion_logprobs(output.logprobs, tokenizer, offsets)])
     return {
         "text": echoed + output.text,
@@ -41,13 +41,14 @@ def completion_choice(
 
 
 def _prompt_part(
-    prompt: Completion | None, length: int, tokenizer: Tokenizer | None, offsets: TextOffsets
+    prompt: Completion | None, text: str, tokenizer: Tokenizer | None, offsets: TextOffsets
 ) -> list[dict[str, list[Any]]]:
-    """Return the `logprobs` of a prompt of `length` characters, after which the output begins; or nothing."""
+    """Return the `logprobs` of a prompt, after whose text the output begins; or nothing."""
     if prompt is None:
         return []
+    offsets.begin_text(0, text)
     part = echoed_logprobs(prompt, tokenizer, offsets)
-    offsets.go_on_from(length)
+    offsets.begin_text(len(text))
     return [part]
 
 
@@ -67,9 +68,9 @@ class CompletionChoiceStream:
         self._extras = extras
         self._is_plain = extras.are_plain
         self._echoed = echoed
-        self._prompt_length = len(echoed)
+        self._prompt_text = echoed
         self._tokenizer = tokenizer
-        self._offsets = TextOffsets()
+        self._offsets = TextOffsets(tokenizer)
         self._has_begun = False
 
     def events(self, delta: Delta, usage: Mapping[str, object] | None = None) -> bytes:
@@ -97,7 +98,7 @@ class CompletionChoiceStream:
     def _logprobs(self, delta: Delta) -> Mapping[str, object] | None:
         if not self._extras.logprobs:
             return None
-        parts = _prompt_part(delta.prompt, self._prompt_length, self._tokenizer, self._offsets)
+        parts = _prompt_part(delta.prompt, self._prompt_text, self._tokenizer, self._offsets)
         if delta.logprobs:
             parts.append(completion_logprobs(delta.logprobs, self._tokenizer, self._offsets))
         return join_logprobs(parts) if parts else None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tprt.server.completion import Completion, TokenLogprobs
+from tprt.server.text_streams import REPLACEMENT
 from tprt.server.tokenizer import Tokenizer
 
 # JSON has no infinity; OpenAI reports tokens that cannot come by this value.
@@ -32,34 +33,49 @@ def logprobs_length(prompt: Completion) -> int:
 
 
 class TextOffsets:
-    """Where each token of an output begins in its text, in characters."""
+    """Where each token begins in the text that it is part of, in characters.
 
-    def __init__(self) -> None:
-        self._next = 0
+    The tokens of one character all begin where that does, and so does what has no text where it stands.
+    """
 
-    def place(self, texts: Sequence[str]) -> list[int]:
-        """Return where the next tokens begin."""
-        offsets = []
-        for text in texts:
-            offsets.append(self._next)
-            self._next += len(text)
-        return offsets
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self.begin_text(0)
 
-    def go_on_from(self, place: int) -> None:
-        """Let the next token begin at `place`."""
+    def begin_text(self, place: int, text: str = "") -> None:
+        """Let the next token be the first of a text that begins at `place`.
+
+        In one that is given, as a prompt is, special tokens may stand by their names.
+        """
         self._next = place
+        self._text = text
+        self._stream = None if self._tokenizer is None else self._tokenizer.decode_stream()
+
+    def place(self, token_ids: Sequence[int], names: Sequence[str]) -> list[int]:
+        """Return where the next tokens begin; `names` are their texts, each alone."""
+        return [self._place(token_id, name) for token_id, name in zip(token_ids, names, strict=True)]
+
+    def _place(self, token_id: int, name: str) -> int:
+        came = name if self._stream is None else self._stream.step(token_id)
+        if not came and REPLACEMENT not in name and self._text.startswith(name, self._next):
+            came = name
+        # What was held back comes before the token's own text.
+        place = self._next + max(0, len(came) - len(name))
+        self._next += len(came)
+        return place
 
 
 def echoed_logprobs(
     prompt: Completion, tokenizer: Tokenizer | None, offsets: TextOffsets
 ) -> dict[str, list[Any]]:
     """Return the `logprobs` of the prompt of a completion; its first token has none."""
-    text = _text(prompt.prompt_token_ids[0], tokenizer)
+    token_id = prompt.prompt_token_ids[0]
+    text = _text(token_id, tokenizer)
     first: dict[str, list[Any]] = {
         "tokens": [text],
         "token_logprobs": [None],
         "top_logprobs": [None],
-        "text_offset": offsets.place([text]),
+        "text_offset": offsets.place([token_id], [text]),
     }
     return join_logprobs([first, completion_logprobs(prompt.prompt_logprobs, tokenizer, offsets)])
 
@@ -78,7 +94,7 @@ def completion_logprobs(
         "tokens": texts,
         "token_logprobs": [max(token.logprob, _LEAST) for token in tokens],
         "top_logprobs": [_top(token, tokenizer) for token in tokens],
-        "text_offset": offsets.place(texts),
+        "text_offset": offsets.place([token.token_id for token in tokens], texts),
     }
 
 

@@ -101,6 +101,21 @@ def test_logprobs_of_zero_alternatives_have_the_chosen_token(server: FakeServer)
     assert logprobs["top_logprobs"] == [{"A": -0.5}]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_tokens_of_one_character_begin_where_it_does(server: FakeServer, echo: bool) -> None:
+    server.engine.answer = lambda prompt, sampling: "a東é!" + END
+    fields = {"prompt": "ü: ", "logprobs": 0, "echo": echo}
+    (choice,) = server.complete(**fields).json()["choices"]
+    begin = 3 if echo else 0
+    expected = [0, 0, 1, 2] if echo else []
+    expected += [begin + place for place in (0, 1, 1, 1, 2, 2, 3, 4)]
+    assert choice["logprobs"]["text_offset"] == expected
+    assert choice["text"][begin + 3] == "!"
+    chunks = chunks_of(server.complete(**fields, stream=True).text)
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [place for part in parts if part for place in part["text_offset"]] == expected
+
+
 def test_without_a_tokenizer_prompts_and_outputs_are_token_ids() -> None:
     with fake_server(None) as server:
         server.engine.answer = lambda prompt, sampling: "5 6 7"

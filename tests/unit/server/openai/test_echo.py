@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.fake_server import END, FakeServer
 from tests.support.sse import chunks_of
+from tprt.server.tokenizer import Tokenizer
 
 NAMES = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -58,6 +59,18 @@ def test_log_probabilities_are_of_prompt_and_output(echoing: FakeServer) -> None
         ],
         "text_offset": [0, 1, 2, 3, 4, 5],
     }
+
+
+def test_a_special_token_has_a_place_where_the_prompt_names_it(
+    echoing: FakeServer, byte_tokenizer: Tokenizer
+) -> None:
+    text = f"é{END}b"
+    (choice,) = ask(echoing, prompt=text)["choices"]
+    assert choice["text"] == text + "xy"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1 + len(END), *(len(text) + n for n in range(3))]
+    (choice,) = ask(echoing, prompt=byte_tokenizer.encode(text))["choices"]
+    assert choice["text"] == "ébxy"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 2, 3, 4]
 
 
 def test_an_echo_without_logprobs_asks_for_none(echoing: FakeServer) -> None:
