@@ -22,7 +22,7 @@ from tprt.server.openai.chunk_template import stream_extras
 from tprt.server.openai.generation import Generation, PromptJob, require_model, require_ready
 from tprt.server.openai.grammars import chat_grammar
 from tprt.server.openai.identity import AnswerHead, make_head
-from tprt.server.openai.prompts import encode_messages, require_tokenizer
+from tprt.server.openai.prompts import encode_messages, require_tokenizer, template_arguments
 from tprt.server.openai.protocol_chat import ChatCompletionRequest
 from tprt.server.openai.sampling import check_stream_options, num_tokens_to_generate, sampling_of
 from tprt.server.tokenizer import Tokenizer
@@ -62,7 +62,8 @@ async def _plan(context: ServerContext, body: ChatCompletionRequest, request: Re
     tokenizer = require_tokenizer(context.tokenizer)
     tool_use = tool_use_of(body, tokenizer.tool_call_style)
     grammar = await chat_grammar(body, tool_use, tokenizer)
-    ids = await encode_messages(tokenizer, body.messages, tool_use.tools, body.chat_template_kwargs)
+    arguments = template_arguments(body.chat_template_kwargs, body.add_generation_prompt)
+    ids = await encode_messages(tokenizer, body.messages, tool_use.tools, arguments)
     asked = body.max_completion_tokens or body.max_tokens
     max_tokens = num_tokens_to_generate(asked, None, len(ids), ready.max_model_len, "messages")
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None

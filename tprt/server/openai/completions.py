@@ -5,7 +5,7 @@ Knows nothing of how tokens are made and of how bytes are sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -63,7 +63,7 @@ async def _plan(context: ServerContext, body: CompletionRequest, request: Reques
     grammar = await completion_grammar(body)
     jobs, echoed = [], []
     prompts = _prompts(body)
-    for prompt, ids in zip(prompts, await _encode(context, prompts), strict=True):
+    for prompt, ids in zip(prompts, await _encode(context, body, prompts), strict=True):
         # Nothing is not what a sequence can end with: one token is generated and dropped.
         asked, default = 1 if body.max_tokens == 0 else body.max_tokens, _DEFAULT_MAX_TOKENS
         max_tokens = num_tokens_to_generate(asked, default, len(ids), ready.max_model_len, "prompt")
@@ -95,9 +95,14 @@ def _prompts(body: CompletionRequest) -> list[_Prompt]:
     return cast("list[_Prompt]", prompt)
 
 
-async def _encode(context: ServerContext, prompts: Sequence[_Prompt]) -> list[list[int]]:
+async def _encode(
+    context: ServerContext, body: CompletionRequest, prompts: Sequence[_Prompt]
+) -> list[list[int]]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await encode_texts(require_tokenizer(context.tokenizer), texts) if texts else ())
+    encoded: Iterator[list[int]] = iter(())
+    if texts:
+        tokenizer = require_tokenizer(context.tokenizer)
+        encoded = iter(await encode_texts(tokenizer, texts, body.add_special_tokens is not False))
     ids = [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if not all(ids):
         raise invalid("a prompt has no tokens; send some text", "prompt")

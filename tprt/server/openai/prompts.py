@@ -47,19 +47,27 @@ async def encode_messages(
     tokenizer: Tokenizer,
     messages: Sequence[ChatMessage],
     tools: Sequence[Mapping[str, Any]] = (),
-    template_arguments: Mapping[str, object] | None = None,
+    arguments: Mapping[str, object] | None = None,
 ) -> list[int]:
-    """Return the token ids of a conversation, ready for the assistant's answer.
+    """Return the token ids of a conversation; `arguments` are further variables of the template.
 
     Raises:
         ApiError, InvalidRequestError: a message, or an argument of the template, cannot be had.
     """
-    arguments = dict(template_arguments or {})
+    arguments = dict(arguments or {})
     if wrong := _RESERVED.intersection(arguments):
         raise invalid(f"chat_template_kwargs may not set {sorted(wrong)}", "chat_template_kwargs")
     plain = [_template_message(message, number) for number, message in enumerate(messages)]
     length = sum(_length(message) for message in messages) + (len(json.dumps(tools)) if tools else 0)
     return await off_loop(length, lambda: tokenizer.encode_chat(plain, tools or None, **arguments))
+
+
+def template_arguments(
+    given: Mapping[str, object] | None, add_generation_prompt: bool | None
+) -> dict[str, object]:
+    """Return further variables of a template: what is `given`, and the field that has a name of its own."""
+    named = {} if add_generation_prompt is None else {"add_generation_prompt": add_generation_prompt}
+    return named | dict(given or {})
 
 
 async def off_loop(length: int, work: Callable[[], T]) -> T:

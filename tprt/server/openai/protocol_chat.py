@@ -102,6 +102,8 @@ class ChatCompletionRequest(SamplingFields):
     """Whether, and which; auto when there are tools."""
     parallel_tool_calls: bool | None = None
     """False: at most one call in an answer."""
+    add_generation_prompt: bool | None = None
+    """End the prompt with the beginning of the assistant's answer; true when left out."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Passed on to the model's chat template."""
     functions: list[Any] | None = None

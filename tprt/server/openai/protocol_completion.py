@@ -26,6 +26,8 @@ class CompletionRequest(SamplingFields):
         ]
     )
     """A text, several texts, the token ids of a text, or those of several."""
+    add_special_tokens: bool | None = None
+    """Add what the tokenizer puts around a text to prompts that are text; true when left out."""
     echo: bool | None = None
     """Begin each output with its prompt, and its log-probabilities with those of the prompt."""
     logprobs: NumTopLogprobs | None = None

@@ -23,6 +23,8 @@ class TokenizeRequest(ProtocolModel):
     """A conversation, which is rendered with the chat template first."""
     add_special_tokens: bool | None = None
     """For a prompt: add what the tokenizer puts around a text; true when left out."""
+    add_generation_prompt: bool | None = None
+    """For messages: end with the beginning of the assistant's answer; true when left out."""
     return_token_strs: bool | None = None
     """Return the text of each token as well."""
     tools: list[Tool] | None = None

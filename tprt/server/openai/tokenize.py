@@ -8,7 +8,13 @@ from __future__ import annotations
 from tprt.server.http.context import ServerContext
 from tprt.server.http.errors import invalid
 from tprt.server.openai.generation import require_model, require_ready
-from tprt.server.openai.prompts import encode_messages, encode_texts, off_loop, require_tokenizer
+from tprt.server.openai.prompts import (
+    encode_messages,
+    encode_texts,
+    off_loop,
+    require_tokenizer,
+    template_arguments,
+)
 from tprt.server.openai.protocol_tokenize import DetokenizeRequest, TokenizeRequest
 from tprt.server.tokenizer import Tokenizer
 
@@ -38,7 +44,8 @@ async def _encode(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
         (ids,) = await encode_texts(tokenizer, [body.prompt or ""], body.add_special_tokens is not False)
         return ids
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    return await encode_messages(tokenizer, body.messages, tools, body.chat_template_kwargs)
+    arguments = template_arguments(body.chat_template_kwargs, body.add_generation_prompt)
+    return await encode_messages(tokenizer, body.messages, tools, arguments)
 
 
 async def detokenize(context: ServerContext, body: DetokenizeRequest) -> dict[str, object]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from tests.support.fake_server import MAX_MODEL_LEN, MODEL, FakeServer
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from tests.support.fake_server import END, MAX_MODEL_LEN, MODEL, FakeServer, fake_server, save_byte_tokenizer
 from tprt.server.tokenizer import Tokenizer
 
 
@@ -22,6 +27,29 @@ def test_a_conversation_is_tokenized_as_a_chat_request_is(server: FakeServer) ->
     server.chat("Hi")
     assert answer["tokens"] == server.engine.submitted[0][0]
     assert answer["token_strs"] is None
+
+
+def test_the_beginning_of_the_answer_can_be_left_out(server: FakeServer, byte_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    fields = {"messages": messages, "add_generation_prompt": False}
+    without = byte_tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n")
+    assert server.client.post("/tokenize", json=fields).json()["tokens"] == without
+    server.chat("Hi", add_generation_prompt=False)
+    assert server.engine.submitted[0][0] == without
+
+
+def test_special_tokens_around_a_text_can_be_left_out(tmp_path: Path) -> None:
+    file = save_byte_tokenizer(tmp_path) / "tokenizer.json"
+    fast = FastTokenizer.from_file(str(file))
+    fast.post_processor = TemplateProcessing(single=f"{END} $0", special_tokens=[(END, 256)])
+    fast.save(str(file))
+    tokenizer = Tokenizer(str(tmp_path))
+    with fake_server(tokenizer) as server:
+        for fields, prompt in (({}, f"{END}ab"), ({"add_special_tokens": False}, "ab")):
+            expected = tokenizer.encode(prompt, add_special_tokens=False)
+            assert server.client.post("/tokenize", json={"prompt": "ab", **fields}).json()["tokens"] == expected
+            server.complete(prompt="ab", **fields)
+            assert server.engine.submitted[-1][0] == expected
 
 
 def test_a_long_text_is_tokenized_alike(server: FakeServer) -> None:
