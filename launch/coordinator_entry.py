@@ -18,7 +18,12 @@ from pathlib import Path
 from launch.child import EPOCH, STEPS_FD, STEPS_TOKEN, SUPERVISOR_FD, log_name, run_child
 from launch.run_dir import heartbeats_path, read_config, request_address, stack_path, worker_socket
 from launch.stack_dump import install_stack_dumps
-from tprt.checkpoint_config import CheckpointConfig, read_checkpoint_config, resolve_max_model_len
+from tprt.checkpoint_config import (
+    CheckpointConfig,
+    end_token_ids,
+    read_checkpoint_config,
+    resolve_max_model_len,
+)
 from tprt.config import Config
 from tprt.coordinator.coordinator import Coordinator
 from tprt.coordinator.grammar import GrammarCompiler
@@ -49,7 +54,8 @@ def make_scheduler(config: Config, checkpoint: CheckpointConfig, epoch: int, num
         enable_prefix_caching=config.cache.enable_prefix_caching,
         schedules_ahead=config.scheduler.async_scheduling,
     )
-    eos_token_ids, vocab_size = checkpoint.eos_token_ids, checkpoint.vocab_size
+    eos_token_ids = end_token_ids(config.model.path, checkpoint)
+    vocab_size = checkpoint.vocab_size
     grammars = GrammarCompiler(lambda: _read_tokenizer(Path(config.model.path)), eos_token_ids, vocab_size)
     return Scheduler(limits, eos_token_ids, vocab_size, epoch, grammars=grammars)
 

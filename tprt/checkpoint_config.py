@@ -96,6 +96,32 @@ def read_generation_config(folder: str) -> dict[str, Any]:
     return _read_json(Path(folder) / GENERATION_CONFIG, required=False)
 
 
+def end_token_ids(folder: str, checkpoint: CheckpointConfig) -> tuple[int, ...]:
+    """Return the tokens that end an output: those of the configs, and what the tokenizer calls its `eos_token`.
+
+    As in vLLM: whoever tunes a checkpoint to end its turns by another token often says so there alone.
+
+    Raises:
+        CheckpointError: a file of the tokenizer is no JSON object.
+    """
+    settings = _read_json(Path(folder) / "tokenizer_config.json", required=False)
+    named = settings.get("eos_token")
+    name = named.get("content") if isinstance(named, dict) else named
+    token_id = None if name is None else _added_token_id(Path(folder), settings, name)
+    if token_id is None or token_id in checkpoint.eos_token_ids or token_id >= checkpoint.vocab_size:
+        return checkpoint.eos_token_ids
+    return (*checkpoint.eos_token_ids, token_id)
+
+
+def _added_token_id(folder: Path, settings: dict[str, Any], name: object) -> int | None:
+    """Return the id of a token that tokenizer_config.json or tokenizer.json lists as added."""
+    listed = settings.get("added_tokens_decoder")
+    if not isinstance(listed, dict):
+        added = _read_json(folder / "tokenizer.json", required=False).get("added_tokens") or []
+        listed = {token["id"]: token for token in added}
+    return next((int(token_id) for token_id, token in listed.items() if token.get("content") == name), None)
+
+
 def resolve_max_model_len(checkpoint: CheckpointConfig, wanted: int | None) -> int:
     """Return the most tokens of one sequence: `wanted`, or what the checkpoint was made for.
 
