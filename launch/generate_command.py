@@ -85,8 +85,8 @@ def generate(
     ids = [_parse_ids(text) for text in prompt_ids or ()]
     if not texts and not ids:
         raise InvalidRequestError("no prompt: give --prompt TEXT, --prompt-ids 1,2,3 or --prompt-file FILE")
-    shown = _Printer(as_json)
     with LLM(settings) as llm:
+        shown = _Printer(as_json, has_text=llm.tokenizer is not None)
         _run(llm, [_encode(llm, text, chat) for text in texts] + ids, sampling, shown)
     shown.finish()
 
@@ -143,11 +143,13 @@ def _parse_ids(text: str) -> list[int]:
 class _Printer:
     """Prints each completion as it ends; a prompt that was refused does not stop the others.
 
-    On a terminal that shows a progress bar as well, the text waits until the bar is gone.
+    On a terminal that shows a progress bar as well, the text waits until the bar is gone. Where there is none,
+    for want of a tokenizer, token ids are printed.
     """
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, has_text: bool) -> None:
         self._as_json = as_json
+        self._has_text = has_text
         self._waits = sys.stdout.isatty() and sys.stderr.isatty()
         self._lines: list[str] = []
         self._errors: list[str] = []
@@ -158,7 +160,8 @@ class _Printer:
         if self._as_json:
             self._lines.append(json.dumps(_to_json(completion), ensure_ascii=False))
         elif completion.error is None:
-            self._lines.append(completion.text or ",".join(map(str, completion.token_ids)))
+            ids = ",".join(map(str, completion.token_ids))
+            self._lines.append(completion.text if self._has_text else ids)
         if not self._waits:
             self.print_all()
 
