@@ -88,6 +88,15 @@ class _StrictLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            # It has the form of a date or of a number, as 2024-13-45 has, and is none.
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value} cannot be read ({error}); put it in quotes", node.start_mark
+            ) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:

@@ -138,6 +138,8 @@ def test_settings_that_contradict_each_other_are_refused(write: Write) -> None:
         ("model: 3", "model is 3; expected settings such as model.path"),
         ("model: {path: m}\nserver:", "server is empty; expected settings such as server.host"),
         ("model: !!python/object/apply:os.system [true]", "line 1"),
+        ("model:\n  path: 2024-13-45", "line 2: 2024-13-45 cannot be read (month must be in 1..12)"),
+        ("cache: {num_blocks: 0x_}", "line 1: 0x_ cannot be read"),
     ],
 )
 def test_a_file_that_is_no_deployment_is_refused_with_its_line(write: Write, text: str, message: str) -> None:
@@ -150,7 +152,10 @@ def test_a_file_that_is_not_there_is_named() -> None:
     assert refusal("/nowhere.yaml") == "there is no file /nowhere.yaml; expected the YAML file of a deployment"
 
 
-@pytest.mark.parametrize("override", ["model.path", "=3", "model..path=3", "model.path.x=3", "model.path=[1"])
+@pytest.mark.parametrize(
+    "override",
+    ["model.path", "=3", "model..path=3", "model.path.x=3", "model.path=[1", "model.path=2024-13-45"],
+)
 def test_an_override_that_cannot_be_read_is_quoted(write: Write, override: str) -> None:
     assert override.partition("=")[0] in refusal(write("model: {path: m}"), override)
 
