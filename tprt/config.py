@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from tprt.config_section import PositiveFloat, PositiveInt, Section
+from tprt.config_section import PositiveFloat, PositiveInt, Seconds, Section
 from tprt.server_config import ServerConfig as ServerConfig
 
 
@@ -125,13 +125,13 @@ class RuntimeConfig(Section):
 class SupervisionConfig(Section):
     """Deadlines, in seconds (nothing waits without one), and what happens when ranks fail."""
 
-    startup_timeout_s: PositiveFloat = 600.0
+    startup_timeout_s: Seconds = 600.0
     """From the spawn of the ranks until all of them are ready."""
-    step_timeout_s: PositiveFloat = 300.0
+    step_timeout_s: Seconds = 300.0
     """For one step of the model; a rank that takes longer has failed."""
-    stall_timeout_s: PositiveFloat = 30.0
+    stall_timeout_s: Seconds = 30.0
     """Ranks that show no progress for this long within a step are stuck, and their group has failed."""
-    shutdown_grace_s: PositiveFloat = 5.0
+    shutdown_grace_s: Seconds = 5.0
     """Between asking a process to exit and killing it."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often failed ranks are replaced within restart_window_s before the engine gives up; 0: never."""
@@ -156,9 +156,9 @@ class HostsConfig(Section):
     """File with the secret that all hosts share, 16 characters or more; none: it is in $TPRT_HOSTS_SECRET."""
     interface: str | None = None
     """Network interface for what goes between ranks; none: that of this host's end of rdzv_endpoint."""
-    join_timeout_s: PositiveFloat = 300.0
+    join_timeout_s: Seconds = 300.0
     """For all hosts to come, at the start and again after one was lost."""
-    heartbeat_timeout_s: PositiveFloat = 5.0
+    heartbeat_timeout_s: Seconds = 5.0
     """A host of which nothing is heard for so long is lost."""
 
     @model_validator(mode="after")

@@ -7,7 +7,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# A deadline: eleven days, since poll(2) counts milliseconds in 31 bits.
+Seconds = Annotated[float, Field(gt=0, le=1_000_000)]
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from tprt.config_section import PositiveFloat, PositiveInt, Section
+from tprt.config_section import PositiveInt, Seconds, Section
 
 _OTLP_URL = re.compile(r"https?://[^/\s]+/\S+")
 
@@ -22,7 +22,7 @@ class ServerConfig(Section):
     """Address to bind; one that others can reach needs an API key, or allow_anonymous."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one."""
-    drain_timeout_s: PositiveFloat = 30.0
+    drain_timeout_s: Seconds = 30.0
     """Longest time that running requests have to finish after SIGTERM; what has not finished then is ended."""
     served_model_name: str | None = None
     """Name that requests give as `model`; none: the last part of model.path."""
@@ -38,7 +38,7 @@ class ServerConfig(Section):
     """PEM file of the certificate's private key; none: it is in ssl_certfile."""
     max_queued_requests: Annotated[int, Field(ge=0)] = 1024
     """Requests beyond scheduler.max_num_seqs that may wait for a place; more are refused with status 429."""
-    request_timeout_s: PositiveFloat | None = None
+    request_timeout_s: Seconds | None = None
     """A request ends at this age with what it has, or with status 429 if that is nothing; none: never."""
     max_body_bytes: PositiveInt = 16 * 1024 * 1024
     """Largest request body; a larger one is refused with status 413."""

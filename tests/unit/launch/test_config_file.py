@@ -107,11 +107,16 @@ def test_a_number_is_a_number_within_its_bounds_and_nothing_that_looks_like_one(
     assert load_config(path, ["server.port=80"]).server.port == 80
 
 
-@pytest.mark.parametrize("value", [".nan", "0", "-1", "yes", "'3'"])
-def test_a_deadline_is_a_positive_number_of_seconds(write: Write, value: str) -> None:
+@pytest.mark.parametrize("value", [".nan", ".inf", "1000001", "0", "-1", "yes", "'3'"])
+def test_a_deadline_is_a_positive_number_of_seconds_that_the_kernel_can_count(write: Write, value: str) -> None:
     path = write("model: {path: m}")
     assert "supervision.step_timeout_s is " in refusal(path, f"supervision.step_timeout_s={value}")
     assert load_config(path, ["supervision.step_timeout_s=3"]).supervision.step_timeout_s == 3.0
+
+
+@pytest.mark.parametrize("key", ["cache.cpu_memory_gib", "supervision.restart_window_s"])
+def test_what_has_no_upper_bound_is_finite(write: Write, key: str) -> None:
+    assert f"{key} is inf; input should be a finite number" in refusal(write("model: {path: m}"), f"{key}=.inf")
 
 
 def test_settings_that_contradict_each_other_are_refused(write: Write) -> None:
