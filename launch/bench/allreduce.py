@@ -6,20 +6,24 @@ nothing of how the results are shown.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 import torch
 
-from launch.run_dir import trial_dir
+from launch.bench.bench_dir import bench_dir
+from launch.program_end import PutOffEnd
 from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 from tprt.distributed.tp_group import TPGroup
-from tprt.errors import TransportError
+from tprt.errors import ConfigError, TransportError
 
 BenchRow = dict[str, int | float | None]
 PlayRank = Callable[[int, int, str, Sequence[int], Connection], None]
@@ -32,6 +36,8 @@ _MAX_CALLS_PER_TURN = 250
 _MIN_CALLS_PER_TURN = 10
 _START_TIMEOUT_S = 60.0
 _ROW_TIMEOUT_S = 60.0
+# For a rank that is about to end.
+_END_S = 1.0
 
 
 def run_allreduce_bench(readers: list[int], num_bytes: list[int]) -> list[BenchRow]:
@@ -46,10 +52,11 @@ def run_allreduce_bench(readers: list[int], num_bytes: list[int]) -> list[BenchR
         and gloo `<backend>_p50_us` and `<backend>_p99_us`, the time of one call on rank 0.
 
     Raises:
-        TransportError: a size or number of ranks makes no sense, or a rank failed.
+        ConfigError: a size or number of ranks makes no sense.
+        TransportError: a rank failed.
     """
     if min(num_bytes) < 4 or any(size % 4 for size in num_bytes) or min(readers) < 2:
-        raise TransportError(
+        raise ConfigError(
             f"all-reduce bench of {num_bytes} bytes on {readers} ranks: expected multiples of 4 bytes (float32)"
             " and 2 ranks or more"
         )
@@ -64,10 +71,9 @@ def bench_ranks(play_rank: PlayRank, world_size: int, num_bytes: Sequence[int]) 
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    with receiver, trial_dir() as run_dir:
-        folder = str(run_dir)
+    with receiver, bench_dir() as run_dir:
         processes = [
-            context.Process(target=play_rank, args=(rank, world_size, folder, num_bytes, sender), daemon=True)
+            context.Process(target=play_rank, args=(rank, world_size, run_dir, num_bytes, sender), daemon=True)
             for rank in range(world_size)
         ]
         with _running(processes):
@@ -75,12 +81,26 @@ def bench_ranks(play_rank: PlayRank, world_size: int, num_bytes: Sequence[int]) 
             return [_receive_row(receiver, processes) for _ in num_bytes]
 
 
+def _start(processes: Sequence[SpawnProcess]) -> None:
+    """Start the ranks, which Ctrl-C in a terminal does not reach: it is for this process, which ends them."""
+    # The process of multiprocessing itself comes first, since its start takes SIGINT out of the mask.
+    resource_tracker.ensure_running()
+    with PutOffEnd() as end:
+        # A mask passes to the child.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for process in processes:
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    end.catch_up()
+
+
 @contextmanager
 def _running(processes: Sequence[SpawnProcess]) -> Iterator[None]:
     """Start the ranks, and leave none of them behind."""
     try:
-        for process in processes:
-            process.start()
+        _start(processes)
         yield
         for process in processes:
             process.join(_START_TIMEOUT_S)
@@ -94,8 +114,12 @@ def _running(processes: Sequence[SpawnProcess]) -> Iterator[None]:
 def _receive_row(receiver: Connection, processes: Sequence[SpawnProcess]) -> BenchRow:
     ready = wait([receiver, *(process.sentinel for process in processes)], _START_TIMEOUT_S + _ROW_TIMEOUT_S)
     if receiver in ready:
-        row: BenchRow = receiver.recv()
-        return row
+        # Where all ranks have ended there is nothing but the end of the pipe.
+        with contextlib.suppress(EOFError):
+            row: BenchRow = receiver.recv()
+            return row
+    for process in processes:
+        process.join(_END_S)
     ended = [f"rank {rank} ended with {p.exitcode}" for rank, p in enumerate(processes) if p.exitcode]
     raise TransportError(f"the all-reduce bench gave no result: {', '.join(ended) or 'no rank answers'}")
 

@@ -19,7 +19,7 @@ from tprt.config import ParallelConfig
 from tprt.distributed.factory import GroupDeadlines, make_group
 from tprt.distributed.symm_mem import SymmMemCollectives
 from tprt.distributed.tuning import time_captured
-from tprt.errors import ConfigError, TransportError
+from tprt.errors import ConfigError
 
 CUDA_BYTES = ",".join(str(4**power * 1024) for power in range(9))
 """1 KiB to 64 MiB."""
@@ -42,11 +42,11 @@ def run_cuda_allreduce_bench(readers: list[int], num_bytes: list[int]) -> list[B
         None where ranks share a GPU.
 
     Raises:
-        ConfigError: there is no GPU.
-        TransportError: a size or number of ranks makes no sense, or a rank failed.
+        ConfigError: there is no GPU, or a size or number of ranks makes no sense.
+        TransportError: a rank failed.
     """
     if min(num_bytes) < 2 or any(size % 2 for size in num_bytes) or min(readers) < 2:
-        raise TransportError(
+        raise ConfigError(
             f"all-reduce bench of {num_bytes} bytes on {readers} ranks: expected multiples of 2 bytes"
             " (bfloat16) and 2 ranks or more"
         )

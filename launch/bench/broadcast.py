@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from launch.bench.bench_dir import bench_dir
 from launch.bench.broadcast_peers import HEAD_BYTES, OURS, TRANSPORTS
 from launch.bench.broadcast_team import Heard, Spoken, Team, running
-from launch.run_dir import trial_dir
 from tprt.errors import ConfigError
 
 BenchRow = dict[str, int | float | str]
@@ -117,10 +118,10 @@ def _check(readers: Sequence[int], num_bytes: Sequence[int]) -> None:
 @contextmanager
 def _teams(readers: int, max_bytes: int) -> Iterator[list[Team]]:
     """Start a team of every transport; each has a folder of its own."""
-    with trial_dir() as run_dir:
+    with bench_dir() as run_dir:
         teams = []
         for transport in TRANSPORTS:
-            folder = run_dir / transport
+            folder = Path(run_dir, transport)
             folder.mkdir()
             teams.append(Team(transport, str(folder), readers, max_bytes))
         with running(teams):

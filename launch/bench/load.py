@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.bench.bench_dir import bench_dir
 from launch.bench.disk_reads import (
     cached_share,
     empty_cache,
@@ -36,7 +37,6 @@ from launch.bench.disk_reads import (
 from launch.bench.load_peers import installed_peers
 from launch.bench.load_ranks import LoadRanks, TeamLoad, running_ranks
 from launch.bench.load_worker import TPRT, Loaded
-from launch.run_dir import trial_dir
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 from tprt.errors import CheckpointError, ConfigError
@@ -128,8 +128,8 @@ def for_people(row: LoadBenchRow) -> LoadBenchRow:
 def _measure_world(folder: str, files: Sequence[Path], world_size: int, repeats: int) -> _World:
     world = _World(world_size)
     timeout_s = _MIN_TIMEOUT_S + world_size * sum(f.stat().st_size for f in files) / _SLOWEST_BYTES_PER_S
-    with trial_dir() as exchange_dir:
-        ranks = LoadRanks(folder, exchange_dir, timeout_s)
+    with bench_dir() as exchange_dir:
+        ranks = LoadRanks(folder, Path(exchange_dir), timeout_s)
         with running_ranks(ranks, world_size):
             for number in range(repeats):
                 _measure_cold(world, ranks, files, number)

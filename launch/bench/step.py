@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from launch.bench.bench_dir import bench_dir
 from launch.bench.step_worker import EPOCH, BenchRank, socket_path, times_path
 from launch.parent_death import PARENT_PID
-from launch.run_dir import trial_dir
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, SupervisionConfig
 from tprt.coordinator.client_output import RequestKey, split_by_client
@@ -112,8 +112,7 @@ def bench_step(config: Config, workload: StepWorkload) -> list[StepBenchRow]:
     """
     limits = _limits(config, workload)
     world_size = config.parallel.tensor_parallel_size
-    with trial_dir() as run_dir:
-        folder = str(run_dir)
+    with bench_dir() as folder:
         hub = _TimedHub.listen(socket_path(folder), epoch=EPOCH, world_size=world_size)
         assert isinstance(hub, _TimedHub)
         with closing(hub), _ranks(_places(config, limits, folder)) as ranks:
