@@ -36,7 +36,8 @@ def doctor(
         typer.Option("--host", metavar="HOST:PORT", help="Another host that must be reached; repeatable."),
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option(min=3.0, help="Seconds in which all is over; what has not answered is named.")
+        float,
+        typer.Option(min=3.0, max=3600.0, help="Seconds in which all is over; what has not answered is named."),
     ] = 10.0,
     as_json: JsonOption = False,
     set_: SetOption = None,

@@ -5,6 +5,7 @@ Knows nothing of how the result is shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -137,15 +138,15 @@ def _kernels_line(machine: Machine, kind: str) -> tuple[str, ...]:
 def _all_reduce(backend: str, fixed_us: float | None) -> Callable[[int, int], float]:
     if fixed_us is None:
         return lambda num_ranks, num_bytes: all_reduce_us(backend, num_ranks, num_bytes)
-    if fixed_us < 0:
-        raise ConfigError(f"--allreduce-us is {fixed_us}; expected 0 or more")
+    if not 0 <= fixed_us < math.inf:
+        raise ConfigError(f"--allreduce-us is {fixed_us}; expected a number of 0 or more")
     return lambda num_ranks, num_bytes: 0.0 if num_ranks == 1 else fixed_us
 
 
 def _bandwidth(kind: str, given_gbs: float | None, devices: Sequence[CudaDevice]) -> tuple[float, str]:
     """Return GB/s of one device, and where the figure comes from."""
     if given_gbs is not None:
-        if given_gbs <= 0:
+        if not 0 < given_gbs < math.inf:
             raise ConfigError(f"--bandwidth-gbs is {given_gbs}; expected a number above 0")
         return given_gbs, "--bandwidth-gbs"
     if kind == "cpu":

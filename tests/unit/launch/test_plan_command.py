@@ -217,7 +217,9 @@ def test_names_of_devices_are_those_that_are_visible_or_else_numbers() -> None:
     assert _device_names(2, {"CUDA_VISIBLE_DEVICES": "4"}) == _device_names(2, {}) == ["0", "1"]
 
 
-@pytest.mark.parametrize("option", ["--bandwidth-gbs=0", "--allreduce-us=-1"])
+@pytest.mark.parametrize(
+    "option", ["--bandwidth-gbs=0", "--bandwidth-gbs=nan", "--bandwidth-gbs=inf", "--allreduce-us=-1"]
+)
 def test_times_that_make_no_sense_are_refused(run: Plan, option: str) -> None:
     with pytest.raises(ConfigError, match=option.partition("=")[0]):
         run(option)
