@@ -111,7 +111,7 @@ class LLM:
         params = _one_for_each(wanted, len(several))
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         ids = [self._encode(prompt) for prompt in several]
-        completions = self.run(ids, params, use_tqdm, _raise_if_refused)
+        completions = self.run(ids, params, use_tqdm, raise_if_refused)
         return [_output(text, completion) for text, completion in zip(texts, completions, strict=True)]
 
     def chat(
@@ -232,7 +232,13 @@ def _one_for_each(params: SamplingParams | Sequence[SamplingParams], count: int)
     return list(params)
 
 
-def _raise_if_refused(index: int, completion: Completion) -> None:
+def raise_if_refused(index: int, completion: Completion) -> None:
+    """Raise the error with which a prompt has ended, if it has; for `LLM.run`.
+
+    Raises:
+        InvalidRequestError: it cannot be served.
+        EngineDeadError: it was lost.
+    """
     if completion.error is not None and completion.was_lost:
         raise EngineDeadError(f"prompt {index + 1}: {completion.error}")
     if completion.error is not None:

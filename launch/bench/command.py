@@ -24,9 +24,9 @@ app.command()(bench_serve_command.serve)
 def compare_hf(
     config: ConfigArgument,
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
-    repeats: Annotated[int, typer.Option(help="Measured rounds, after one to warm up.")] = 3,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 3,
     as_json: JsonOption = False,
     set_: SetOption = None,
 ) -> None:
@@ -42,9 +42,9 @@ def scaling(
     config: ConfigArgument,
     ranks: Annotated[str, typer.Option(help="Numbers of ranks, separated by commas.")] = "1,2",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 48,
-    repeats: Annotated[int, typer.Option(help="Measured rounds, after one to warm up.")] = 5,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
     as_json: JsonOption = False,
     set_: SetOption = None,
 ) -> None:
@@ -64,9 +64,12 @@ def broadcast(
         str, typer.Option("--bytes", help="Sizes of a message, separated by commas.")
     ] = "256,4096,65536,1048576",
     gap_us: Annotated[
-        int, typer.Option(help="Mean pause between messages whose latency is taken; the readers sleep in it.")
+        int,
+        typer.Option(
+            min=0, help="Mean pause between messages whose latency is taken; the readers sleep in it."
+        ),
     ] = 1000,
-    seconds: Annotated[float, typer.Option(help="How long to send for each row, about.")] = 0.7,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to send for each row, about.")] = 0.7,
     idle: Annotated[
         bool, typer.Option("--idle", help="The cost and wake-up of idle readers; smallest size alone.")
     ] = False,

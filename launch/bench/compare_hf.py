@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from launch.devices import threads_per_rank
-from launch.llm import LLM
+from launch.llm import LLM, raise_if_refused
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 from tprt.errors import EngineDeadError
@@ -80,10 +80,15 @@ def _row(workload: Workload, theirs: float, ours: float) -> dict[str, float]:
 
 
 def time_run(llm: LLM, prompts: list[list[int]], new_tokens: int) -> float:
-    """Return the seconds that `llm` takes for `new_tokens` more tokens of every prompt, greedily."""
+    """Return the seconds that `llm` takes for `new_tokens` more tokens of every prompt, greedily.
+
+    Raises:
+        InvalidRequestError: a prompt cannot be served.
+        EngineDeadError: the deployment failed.
+    """
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     started_s = time.perf_counter()
-    llm.run(prompts, [sampling] * len(prompts))
+    llm.run(prompts, [sampling] * len(prompts), on_finished=raise_if_refused)
     return time.perf_counter() - started_s
 
 
@@ -101,7 +106,10 @@ def _hf_peer(config: Config) -> Iterator[subprocess.Popen[str]]:
         str(threads),
     ]
     quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
+    # Ctrl-C in a terminal is for this process, which ends the peer.
+    peer = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet, process_group=0
+    )
     try:
         yield peer
     finally:

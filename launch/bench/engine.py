@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from launch.deployment import Deployment
-from launch.llm import LLM
+from launch.llm import LLM, raise_if_refused
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config
 from tprt.errors import ConfigError
@@ -42,22 +42,25 @@ def bench_throughput(config: Config, workload: ThroughputWorkload, repeats: int)
     """Run `workload` `repeats` times, after a short one to warm up; one row for each.
 
     Raises:
+        ConfigError: sequences of it do not fit, or their shortest length is more than their longest.
         EngineDeadError: the deployment failed.
     """
-    vocab_size = read_checkpoint_config(config.model.path).vocab_size
     draw, shortest, longest = random.Random(workload.seed), workload.min_len, workload.max_len
+    if shortest > longest:
+        raise ConfigError(f"--min-len {shortest} is more than --max-len {longest}; give it the smaller one")
+    vocab_size = read_checkpoint_config(config.model.path).vocab_size
     lengths = [draw.randint(shortest, longest) for _ in range(workload.num_seqs)]
     params = [_sampling(draw.randint(shortest, longest), workload.temperature) for _ in lengths]
     rows: list[Row] = []
     with LLM(config) as llm:
         _check_fits(llm, max(lengths) + max(p.max_tokens for p in params))
         warm_up = [_prompt(draw, length, vocab_size) for length in lengths]
-        llm.run(warm_up, [_sampling(8, workload.temperature)] * len(warm_up))
+        llm.run(warm_up, [_sampling(8, workload.temperature)] * len(warm_up), on_finished=raise_if_refused)
         for _ in range(repeats):
             # Other tokens each time, of the same lengths: none is in the prefix cache.
             prompts = [_prompt(draw, length, vocab_size) for length in lengths]
             started_s = time.perf_counter()
-            completions = llm.run(prompts, params)
+            completions = llm.run(prompts, params, on_finished=raise_if_refused)
             seconds = time.perf_counter() - started_s
             output = sum(len(completion.token_ids) for completion in completions)
             rows.append(
@@ -204,7 +207,7 @@ def _time_batch(llm: LLM, draw: random.Random, vocab_size: int, sizes: tuple[int
     prompts = [_prompt(draw, input_len, vocab_size) for _ in range(batch_size)]
     params = [_sampling(output_len, 0.0)] * batch_size
     started_s = time.perf_counter()
-    llm.run(prompts, params)
+    llm.run(prompts, params, on_finished=raise_if_refused)
     return time.perf_counter() - started_s
 
 

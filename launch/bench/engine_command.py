@@ -11,14 +11,14 @@ from launch.config_file import load_config
 from launch.options import ConfigArgument, JsonOption, SetOption
 from launch.torchrun_options import with_torchrun_options
 
-RepeatsOption = Annotated[int, typer.Option(help="Measured rounds.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Measured rounds.")]
 
 
 @with_torchrun_options
 def throughput(
     config: ConfigArgument,
-    num_seqs: Annotated[int, typer.Option(help="Requests, all at once.")] = 256,
-    min_len: Annotated[int, typer.Option(help="Fewest tokens of a prompt, and of an output.")] = 100,
+    num_seqs: Annotated[int, typer.Option(min=1, help="Requests, all at once.")] = 256,
+    min_len: Annotated[int, typer.Option(min=1, help="Fewest tokens of a prompt, and of an output.")] = 100,
     max_len: Annotated[int, typer.Option(help="Most tokens of a prompt, and of an output.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Of all requests; 0 is greedy.")] = 0.6,
     repeats: RepeatsOption = 3,
@@ -36,8 +36,8 @@ def throughput(
 def latency(
     config: ConfigArgument,
     batch_size: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,64",
-    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
-    output_len: Annotated[int, typer.Option(help="Tokens of each output.")] = 256,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens of each output.")] = 256,
     repeats: RepeatsOption = 3,
     as_json: JsonOption = False,
     set_: SetOption = None,

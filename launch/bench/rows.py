@@ -15,9 +15,12 @@ from tprt.errors import ConfigError
 def split_numbers(option: str, text: str) -> list[int]:
     """Return the numbers that the value of `option` lists."""
     try:
-        return [int(number) for number in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from error
+    if min(numbers) < 1:
+        raise ConfigError(f"{option} {text}: expected whole numbers of 1 or more")
+    return numbers
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], as_json: bool) -> None:

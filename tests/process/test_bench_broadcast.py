@@ -131,7 +131,7 @@ def test_ctrl_c_ends_every_process_at_once_and_in_silence(commands: list[Command
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--readers", "0"], "1 to 64 readers"),
+        (["--readers", "65"], "1 to 64 readers"),
         (["--bytes", "31"], "32 bytes or more"),
         (["--bytes", "4k"], "--bytes 4k: expected whole numbers"),
     ],

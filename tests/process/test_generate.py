@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import LLM, SamplingParams
+from launch.bench.compare_hf import time_run
 from tests.support.checkpoints import TinyModel, reference_logits, reference_tokens, save_tiny
 from tests.support.deployments import TinyDeployment
 from tprt.errors import EngineDeadError, InvalidRequestError
@@ -109,6 +110,10 @@ class TestOneDeployment:
         assert outputs[0].text == "The primary colors are: Red, Blue, and Yellow."
         assert outputs[0].finish_reason == "stop"
         assert [output.token_ids for output in outputs] == [expected[text] for text in QUESTIONS]
+
+    def test_a_prompt_that_is_refused_is_no_measurement(self, llm: LLM) -> None:
+        with pytest.raises(InvalidRequestError, match="prompt 2: "):
+            time_run(llm, [[1], [1] * 3000], new_tokens=2)
 
     def test_outputs_come_in_the_order_of_the_prompts(self, llm: LLM) -> None:
         prompts = [f"The number {n} is" for n in range(20)]
