@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -49,8 +50,17 @@ def _options(
         raise typer.Exit
 
 
+def _open_standard_streams() -> None:
+    """Put /dev/null where a standard stream was closed (`>&-`), before a socket gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number, which is its own.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, that of this process if there are no `arguments`; the console script `tprt`."""
+    _open_standard_streams()
     try:
         app(arguments, prog_name="tprt")
     except TprtError as error:

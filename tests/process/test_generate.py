@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,13 @@ def test_the_command_prints_one_json_line_per_prompt_with_the_tokens_of_transfor
         assert line["finish_reason"] == ("stop" if line["token_ids"][-1] == 2 else "length")
         assert line["prompt_tokens"] > 30
         assert "logprobs" not in line
+
+
+def test_standard_streams_may_be_closed(tiny: TinyDeployment) -> None:
+    command = shlex.join(tiny.command([[1, 2]], 2))
+    assert subprocess.run(["sh", "-c", f"{command} 2>&- <&-"], capture_output=True, timeout=100).returncode == 0
+    ran = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, timeout=100, check=False)
+    assert (ran.returncode, ran.stderr) == (0, b"")
 
 
 @pytest.fixture(scope="module")
