@@ -49,6 +49,17 @@ def configure_logging(level: str, log_format: LogFormat, process_name: str) -> N
     root.propagate = False
 
 
+def tell(text: str, level: int = logging.INFO) -> None:
+    """Tell whoever has started the program, whatever level is logged; in a JSON log by a record like others."""
+    handlers = logging.getLogger("tprt").handlers
+    if any(isinstance(handler.formatter, _JsonFormatter) for handler in handlers):
+        record = logging.LogRecord("tprt", level, __file__, 0, text, None, None)
+        for handler in handlers:
+            handler.handle(record)
+    else:
+        print(f"tprt: {text}", file=sys.stderr, flush=True)
+
+
 def get_logger(name: str) -> logging.Logger:
     """Return the logger for module `name`; all of them hang under `tprt`."""
     return logging.getLogger(name if name.startswith("tprt") else f"tprt.{name}")

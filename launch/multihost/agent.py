@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 
 from launch.child import MEETING
 from launch.child_log import LogTee
@@ -25,7 +24,7 @@ from launch.serving.http_socket import API_KEY
 from tprt.checkpoint_config import read_checkpoint_config
 from tprt.config import Config, split_endpoint
 from tprt.errors import EngineDeadError
-from tprt.log import configure_logging
+from tprt.log import configure_logging, tell
 
 _DRAIN_S = 1.0
 
@@ -106,4 +105,4 @@ class Agent:
             epoch.end()
 
     def _say(self, text: str) -> None:
-        print(f"tprt: node rank {self._config.hosts.node_rank}: {text}", file=sys.stderr, flush=True)
+        tell(f"node rank {self._config.hosts.node_rank}: {text}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from launch.multihost.network import choose_interface, listen, listen_on
 from launch.parent_death import RUN_DIR
 from tprt.config import Config
 from tprt.errors import ConfigError
+from tprt.log import tell
 from tprt.transport.remote_wire import join_address
 
 NAME = "rendezvous"
@@ -54,11 +54,9 @@ class Head:
         """Tell people where the other hosts are waited for."""
         hosts = self._config.hosts
         port = self._door.getsockname()[1]
-        print(
-            f"tprt: node rank 0 of {hosts.nnodes} waits for the others at {self._address}, port {port};"
-            f" ranks use interface {self.interface}",
-            file=sys.stderr,
-            flush=True,
+        tell(
+            f"node rank 0 of {hosts.nnodes} waits for the others at {self._address}, port {port};"
+            f" ranks use interface {self.interface}"
         )
 
     def equip_coordinator(self, spec: ChildSpec) -> ChildSpec:

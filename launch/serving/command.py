@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import closing
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from launch.serving.http_socket import check_certificate, listen, take_api_keys,
 from launch.serving.tracing import check_tracing
 from launch.torchrun_options import with_torchrun_options
 from tprt.config import Config
-from tprt.log import configure_logging
+from tprt.log import configure_logging, tell
 from tprt.server.routed_client import RoutedClient
 from tprt.server.sampling_defaults import read_sampling_defaults
 
@@ -45,15 +44,15 @@ def _serve(config: Config) -> None:
     check_certificate(config.server)
     check_tracing(config.server)
     if changes := read_sampling_defaults(config.model).changes():
-        _say(f"requests that do not say otherwise have {changes} (the checkpoint's generation_config.json)")
+        tell(f"requests that do not say otherwise have {changes} (the checkpoint's generation_config.json)")
     with closing(listen(config.server, bool(api_keys))) as listener, Deployment(config) as deployment:
-        _say(f"listening on {url_of(listener, config.server)}; requests are served once the ranks are ready")
+        tell(f"listening on {url_of(listener, config.server)}; requests are served once the ranks are ready")
         deployment.start(listener, api_keys)
         client = deployment.connect(None)
         try:
             deployment.wait_until_ready(client)
             deployment.wait_for_server(client)
-            _say(f"ready: serving {config.model.path} on {url_of(listener, config.server)}")
+            tell(f"ready: serving {config.model.path} on {url_of(listener, config.server)}")
             _serve_until_signal(deployment, client)
         except BaseException:
             client.close(flush=False)
@@ -76,9 +75,5 @@ def _serve_until_signal(deployment: Deployment, client: RoutedClient) -> None:
             deployment.poll(client)
         deployment.explain_signal()
         timeout_s = deployment.config.server.drain_timeout_s
-        _say(f"no new requests; up to {timeout_s:g} s for those that run, a second signal ends them at once")
+        tell(f"no new requests; up to {timeout_s:g} s for those that run, a second signal ends them at once")
         deployment.drain_server(client)
-
-
-def _say(text: str) -> None:
-    print(f"tprt: {text}", file=sys.stderr, flush=True)
