@@ -27,6 +27,9 @@ from tprt.errors import ConfigError, InvalidRequestError
 from tprt.messages import Grammar, SamplingParams
 from tprt.server.completion import Completion
 
+# Ids are 32 bits; whether the vocabulary has one is known once the model is.
+_LARGEST_ID = 2**31 - 1
+
 
 @with_torchrun_options
 def generate(
@@ -133,11 +136,14 @@ def _read_prompt(file: Path) -> str:
 
 def _parse_ids(text: str) -> list[int]:
     try:
-        return [int(token) for token in text.split(",")]
+        ids = [int(token) for token in text.split(",")]
     except ValueError:
+        ids = []
+    if not ids or min(ids) < 0 or max(ids) > _LARGEST_ID:
         raise InvalidRequestError(
-            f"--prompt-ids {text!r}: expected token ids separated by commas, as in 1,2,3"
-        ) from None
+            f"--prompt-ids {text!r}: expected token ids from 0 on, separated by commas, as in 1,2,3"
+        )
+    return ids
 
 
 class _Printer:

@@ -69,6 +69,14 @@ def test_a_checkpoint_that_recommends_what_is_no_sampling_is_told_before_anythin
         assert "generation_config.json: sampling parameter top_p is 2.0; expected above 0, at most 1;" in line
 
 
+@pytest.mark.parametrize("ids", ["1,x", "", "1,-1", "1,2147483648"])
+def test_what_cannot_be_token_ids_is_refused_before_anything_starts(
+    run: Run, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: str
+) -> None:
+    assert run("generate", file, "--prompt-ids", ids, "--set", f"model.path={tmp_path}") == EXIT_BAD_INPUT
+    assert f"--prompt-ids {ids!r}: expected token ids from 0 on" in capsys.readouterr().err
+
+
 def test_traces_without_their_extra_are_refused_before_anything_starts(
     run: Run, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
