@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from tprt.weights.reading import NUM_READERS
 
 _NAME = "disk"
 _MOUNTS = Path("/proc/self/mountinfo")
+# Spaces and the like in its names.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 _MIB = 2**20
 # The sample: so many chunks, spread over all files, and none is begun later than this.
 _NUM_CHUNKS = 32
@@ -39,7 +42,8 @@ class Mount:
 def check_disk(request: DoctorRequest) -> Iterator[Finding]:
     """Read a sample and say how long the whole will take."""
     folder = Path(request.config.model.path).resolve()
-    files = sorted(folder.glob("*.safetensors"))
+    # A link to nothing stays, for the reader to name.
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.exists() or file.stat().st_size)
     if request.config.model.load_format == "dummy" or not files:
         yield skipped(_NAME, "there are no weights to read")
         return
@@ -113,7 +117,7 @@ def find_mount(folder: Path, mountinfo: str) -> Mount:
     found = Mount("an unknown file system", "an unknown device", "/")
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
-        place = before.split()[4].encode().decode("unicode_escape")
+        place = _OCTAL.sub(lambda code: chr(int(code[1], 8)), before.split()[4])
         kind, source = after.split()[:2]
         # The last of equals covers those before it.
         if folder.is_relative_to(place) and len(place) >= len(found.place):

@@ -145,6 +145,12 @@ def test_the_disk_is_read_and_its_file_system_named(checkpoint: Path) -> None:
     assert row.details["bytes_per_s"] > 0
 
 
+def test_empty_files_are_no_sample_of_a_disk(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    row = run_check(check_disk, request_for(tmp_path))["disk"]
+    assert (row.verdict, row.found) == (Verdict.SKIPPED, "there are no weights to read")
+
+
 def test_a_start_that_has_no_time_to_read_the_checkpoint_is_bad(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,9 +166,11 @@ def test_the_mount_of_a_folder_is_the_innermost_and_the_last() -> None:
         "30 22 0:40 / /mnt/my\\040disk rw - nfs4 server:/models rw\n"
         "31 22 0:41 / /mnt rw - tmpfs tmpfs rw\n"
         "32 22 0:42 / /mnt/my\\040disk rw shared:7 - ceph monitor:/ rw\n"
+        "33 22 0:43 / /mnt/Müll rw - xfs /dev/vdb rw\n"
     )
     assert find_mount(Path("/mnt/my disk/model"), mounts).kind == "ceph"
     assert find_mount(Path("/mnt/other"), mounts).source == "tmpfs"
+    assert find_mount(Path("/mnt/Müll/model"), mounts).kind == "xfs"
     assert find_mount(Path("/home"), mounts).place == "/"
 
 
