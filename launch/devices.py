@@ -23,7 +23,7 @@ class RankDevice:
 
     Attributes:
         device: the CPU, or a CUDA device of this host.
-        num_sharers: ranks that are on it, this one included; 1 on a CPU, whose memory is not divided.
+        num_sharers: ranks that are on it, this one included.
         any_shared: whether any ranks of this host share a GPU.
     """
 
@@ -40,7 +40,7 @@ def choose_device(setting: str, local_rank: int, local_world_size: int, allow_sh
     """
     count = torch.cuda.device_count() if setting != "cpu" else 0
     if setting == "cpu" or (setting == "auto" and count == 0):
-        return RankDevice(torch.device("cpu"))
+        return RankDevice(torch.device("cpu"), local_world_size)
     chosen = place_on_gpu(local_rank, local_world_size, count, allow_shared_gpu)
     torch.cuda.set_device(chosen.device)
     return chosen

@@ -7,11 +7,11 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.doctor.cgroup import cpu_quota
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.request import DoctorRequest
 from launch.run_dir import trial_dir
 from tprt.errors import ConfigError
+from tprt.host_limits import cpu_quota
 
 _NODES = Path("/sys/devices/system/node")
 _INFINIBAND = Path("/sys/class/infiniband")

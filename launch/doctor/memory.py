@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from launch.doctor.cgroup import memory_left
 from launch.doctor.finding import Finding, bad, ok, refused, skipped, warning
 from launch.doctor.request import DoctorRequest
 from launch.doctor.shared_memory import own_bytes
@@ -15,10 +13,9 @@ from launch.planning.memory import memory_of_ranks
 from launch.planning.plan import DeploymentPlan, capacity_warnings, plan_deployment
 from launch.planning.rank_weights import resolve_rank_weights
 from tprt.errors import CheckpointError, ConfigError, ShardPlanError, UnsupportedModelError
+from tprt.host_limits import available_bytes
 from tprt.worker.memory_budget import gib
 
-_MEMINFO = Path("/proc/meminfo")
-_KIB = 1024
 # A process of torch, coordinator, server and launcher among them, without any weights.
 _PROCESS_BYTES = 300 * 2**20
 _FEWER_BLOCKS = "lower cache.num_blocks or cache.cpu_memory_gib, use fewer ranks or a smaller model"
@@ -81,11 +78,3 @@ def _judge_blocks(planned: DeploymentPlan, text: str) -> Finding:
             return bad("memory", f"{text}; {found}", fix, **details)
         return warning("memory", f"{text}; {line}", _MORE_BLOCKS, **details)
     return ok("memory", f"{text}; {planned.num_tokens:,} tokens fit into the KV blocks", **details)
-
-
-def available_bytes() -> int:
-    """Return the memory that new processes of this one can get: of the machine, and of its control group."""
-    lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-    free = next(int(fields[1]) * _KIB for fields in lines if fields[0] == "MemAvailable:")
-    left = memory_left()
-    return free if left is None else min(free, left)

@@ -60,6 +60,23 @@ _CUDA_ADVICE = (
 )
 
 
+def require_host_memory(num_blocks: int, block_bytes: int, num_ranks: int, there: int) -> None:
+    """Check that `num_blocks` KV blocks on each of `num_ranks` ranks fit into the bytes that are `there`.
+
+    The kernel would give out more, and kill what it likes once it is used.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    needed = num_blocks * block_bytes
+    if needed * num_ranks > there:
+        raise ConfigError(
+            f"{num_blocks} KV blocks take {gib(needed)} on each of {num_ranks} ranks of this host, which has"
+            f" {gib(there)} of free memory; lower cache.num_blocks or cache.cpu_memory_gib, or use a smaller"
+            " model"
+        )
+
+
 def _leaves(budget: MemoryBudget, cache: CacheConfig, is_cpu: bool) -> str:
     if is_cpu:
         return f"and cache.cpu_memory_gib {cache.cpu_memory_gib} is {gib(budget.total)}"

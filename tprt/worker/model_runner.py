@@ -16,6 +16,7 @@ from tprt.checkpoint_config import CheckpointConfig, resolve_max_model_len
 from tprt.config import Config
 from tprt.context import reset_context, set_context
 from tprt.distributed import TPGroup
+from tprt.host_limits import available_bytes
 from tprt.layers.embedding import ParallelLMHead
 from tprt.layers.linear import LinearBase
 from tprt.layers.sampler import Sampled, Sampler
@@ -35,6 +36,7 @@ from tprt.worker.kv_cache import (
     kv_block_bytes,
     num_blocks_that_fit,
     release_kv_cache,
+    require_host_memory,
 )
 from tprt.worker.memory_budget import CudaMemory, MemoryBudget, measure_budget
 from tprt.worker.output_transfer import OutputTransfer, PendingOutput
@@ -79,6 +81,7 @@ class ModelRunner:
         self._checkpoint = checkpoint
         self._group = group
         self._device = device
+        self._num_sharers = num_sharers
         self._memory = CudaMemory(device, num_sharers, group.barrier if num_sharers > 1 else _do_nothing)
         self._dtype = resolve_dtype(config, checkpoint, device)
         self._max_model_len = resolve_max_model_len(checkpoint, config.model.max_model_len)
@@ -144,13 +147,15 @@ class ModelRunner:
         """Allocate the KV blocks that the poorest rank can hold; return their number and this rank's bytes.
 
         Raises:
-            ConfigError: none fits; says where the memory went.
+            ConfigError: none fits, or not as many as are set; says where the memory went.
         """
         block_size, budget = self._config.cache.block_size, None
         fitting = self._config.cache.num_blocks
         if fitting is None:
             budget = self._memory_budget()
             fitting = self._num_blocks_that_fit(budget)
+        if self._device.type == "cpu":
+            require_host_memory(fitting, self._block_bytes(), self._num_sharers, available_bytes())
         num_blocks, kv_bytes = allocate_on_all_ranks(
             allocate=lambda number: allocate_kv_cache(self.model, number, block_size),
             release=lambda: release_kv_cache(self.model),
@@ -207,11 +212,14 @@ class ModelRunner:
         cache = self._config.cache
         return num_blocks_that_fit(
             budget,
-            kv_block_bytes(self._checkpoint, self._shard, cache.block_size, self._dtype),
+            self._block_bytes(),
             cache,
             self._max_model_len,
             is_cpu=self._device.type == "cpu",
         )
+
+    def _block_bytes(self) -> int:
+        return kv_block_bytes(self._checkpoint, self._shard, self._config.cache.block_size, self._dtype)
 
     @torch.inference_mode()
     def run_largest_step(self) -> None:

@@ -49,7 +49,7 @@ def test_more_ranks_than_gpus_are_refused_with_what_to_change() -> None:
 
 
 def test_a_cpu_rank_has_all_of_its_device() -> None:
-    assert choose_device("cpu", 1, 2, allow_shared_gpu=True) == RankDevice(torch.device("cpu"))
+    assert choose_device("cpu", 1, 2, allow_shared_gpu=True) == RankDevice(torch.device("cpu"), 2)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,13 @@ from tprt.distributed.local import make_local_groups
 from tprt.errors import ConfigError
 from tprt.layers.attention import Attention
 from tprt.sharding import make_shard_plan, shape_of
-from tprt.worker.kv_cache import allocate_on_all_ranks, cpu_budget, kv_block_bytes, num_blocks_that_fit
+from tprt.worker.kv_cache import (
+    allocate_on_all_ranks,
+    cpu_budget,
+    kv_block_bytes,
+    num_blocks_that_fit,
+    require_host_memory,
+)
 from tprt.worker.memory_budget import MemoryBudget
 
 
@@ -64,6 +70,22 @@ def test_too_little_memory_of_a_cpu_is_refused_with_numbers_and_advice() -> None
         " max_model_len 100 needs 7 blocks, 14.00 MiB. Raise cache.cpu_memory_gib, use more ranks or a smaller"
         " model"
     )
+
+
+def test_more_blocks_than_the_host_has_memory_for_are_refused_before_the_kernel_kills_for_them() -> None:
+    require_host_memory(512, 2 * 2**20, 2, there=2 * 2**30)
+    with pytest.raises(ConfigError) as error:
+        require_host_memory(513, 2 * 2**20, 2, there=2 * 2**30)
+    assert str(error.value) == (
+        "513 KV blocks take 1.00 GiB on each of 2 ranks of this host, which has 2.00 GiB of free memory; lower"
+        " cache.num_blocks or cache.cpu_memory_gib, or use a smaller model"
+    )
+
+
+def test_a_rank_on_a_cpu_asks_its_host(folder: Path) -> None:
+    config = make_config(folder, num_blocks=2**50)
+    with pytest.raises(ConfigError, match="of free memory"), LocalEngine(config):
+        pass
 
 
 def test_too_little_memory_of_a_gpu_is_refused_with_where_it_went() -> None:

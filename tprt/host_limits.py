@@ -1,4 +1,4 @@
-"""What the control groups of this process allow it: CPU time and memory. Knows both versions of them."""
+"""What this host and the control groups of this process, of either version, allow it: CPU time and memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 _OWN = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+_KIB = 1024
 # What version 1 says where there is no limit is this or more.
 _NO_LIMIT_BYTES = 2**60
 
@@ -38,6 +40,14 @@ def memory_left(own: Path = _OWN, mount: Path = _MOUNT) -> int | None:
             cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
             left.append(max(0, limit - used + cached))
     return min(left, default=None)
+
+
+def available_bytes() -> int:
+    """Return the memory that this process and its children can get: of the machine, and of their group."""
+    lines = (line.split() for line in _MEMINFO.read_text(encoding="ascii").splitlines())
+    free = next(int(fields[1]) * _KIB for fields in lines if fields[0] == "MemAvailable:")
+    left = memory_left()
+    return free if left is None else min(free, left)
 
 
 def _number(folder: Path, *names: str) -> int | None:

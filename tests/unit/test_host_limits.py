@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor.cgroup import cpu_quota, memory_left
+from tprt.host_limits import cpu_quota, memory_left
 
 V1_CPU = Path("/sys/fs/cgroup/cpu")
 
