@@ -26,9 +26,7 @@ from launch.torchrun_options import with_torchrun_options
 from tprt.errors import ConfigError, InvalidRequestError
 from tprt.messages import Grammar, SamplingParams
 from tprt.server.completion import Completion
-
-# Ids are 32 bits; whether the vocabulary has one is known once the model is.
-_LARGEST_ID = 2**31 - 1
+from tprt.server.engine_client import are_token_ids
 
 
 @with_torchrun_options
@@ -139,7 +137,8 @@ def _parse_ids(text: str) -> list[int]:
         ids = [int(token) for token in text.split(",")]
     except ValueError:
         ids = []
-    if not ids or min(ids) < 0 or max(ids) > _LARGEST_ID:
+    # Whether the vocabulary has them is known once the model is.
+    if not are_token_ids(ids):
         raise InvalidRequestError(
             f"--prompt-ids {text!r}: expected token ids from 0 on, separated by commas, as in 1,2,3"
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from launch.bench.bench_dir import bench_dir
+from launch.bench.out_of_reach import start_out_of_reach
 from launch.program_end import PutOffEnd
 from tprt.distributed.factory import CollectiveBackend, GroupDeadlines, make_group
 from tprt.distributed.tp_group import TPGroup
@@ -82,17 +82,11 @@ def bench_ranks(play_rank: PlayRank, world_size: int, num_bytes: Sequence[int]) 
 
 
 def _start(processes: Sequence[SpawnProcess]) -> None:
-    """Start the ranks, which Ctrl-C in a terminal does not reach: it is for this process, which ends them."""
+    """Start the ranks; a signal that comes meanwhile acts once all are there to be ended."""
     # The process of multiprocessing itself comes first, since its start takes SIGINT out of the mask.
     resource_tracker.ensure_running()
     with PutOffEnd() as end:
-        # A mask passes to the child.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for process in processes:
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_out_of_reach(processes)
     end.catch_up()
 
 

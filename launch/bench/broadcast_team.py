@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from launch.bench.broadcast_peers import (
     BroadcastWriter,
     Meeting,
 )
+from launch.bench.out_of_reach import start_out_of_reach
 from launch.parent_death import PARENT_PID, die_with_parent
 from tprt.errors import TransportError, TransportTimeoutError
 
@@ -116,13 +116,7 @@ class Team:
 
     def start(self) -> None:
         """Start all processes."""
-        # A mask passes to the child, so that Ctrl-C never reaches it, not even in its first instant.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for process in self._processes:
-                process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_out_of_reach(self._processes)
 
     def wait_ready(self) -> None:
         """Wait until all of them have met."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tprt.errors import EngineDeadError, InvalidRequestError
 from tprt.messages import (
@@ -125,7 +124,7 @@ class EngineClient:
         """
         if sampling.stop and self._tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer, and this checkpoint has none")
-        if prompt_token_ids and not _are_token_ids(np.array(prompt_token_ids)):
+        if prompt_token_ids and not are_token_ids(prompt_token_ids):
             raise InvalidRequestError(
                 "prompt token ids must be whole numbers from 0 to the size of the vocabulary"
             )
@@ -251,8 +250,9 @@ class EngineClient:
         return completion
 
 
-def _are_token_ids(tokens: NDArray[Any]) -> bool:
-    """Tell whether a conversion to int32 leaves them as they are."""
+def are_token_ids(token_ids: Sequence[int]) -> bool:
+    """Tell whether there are some, and a conversion to int32 leaves them as they are: 0 or more."""
+    tokens = np.array(token_ids)
     return tokens.dtype.kind in "iu" and bool(tokens.min() >= 0 and tokens.max() < 2**31)
 
 

@@ -29,8 +29,8 @@ _COMPILERS: dict[str, Callable[[str], str]] = {
     "regex": LLMatcher.grammar_from_regex,
     "lark": LLMatcher.grammar_from_lark,
 }
-_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _KIND_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +112,7 @@ def _complaint_here(grammar: Grammar) -> str:
 
 
 def _guided(rules: OutputRules) -> Grammar | None:
-    asked = {
-        f"guided_{kind}": getattr(rules, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")
-    }
+    asked = {name: getattr(rules, name) for name in _GUIDED}
     named = {f"structured_outputs.{kind}": value for kind, value in (rules.structured_outputs or {}).items()}
     given = {
         field: value for field, value in (asked | named).items() if value is not None and value is not False
