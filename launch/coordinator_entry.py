@@ -12,6 +12,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -54,8 +55,7 @@ def make_scheduler(config: Config, checkpoint: CheckpointConfig, epoch: int, num
         enable_prefix_caching=config.cache.enable_prefix_caching,
         schedules_ahead=config.scheduler.async_scheduling,
     )
-    eos_token_ids = end_token_ids(config.model.path, checkpoint)
-    vocab_size = checkpoint.vocab_size
+    eos_token_ids, vocab_size = checkpoint.eos_token_ids, checkpoint.vocab_size
     grammars = GrammarCompiler(lambda: _read_tokenizer(Path(config.model.path)), eos_token_ids, vocab_size)
     return Scheduler(limits, eos_token_ids, vocab_size, epoch, grammars=grammars)
 
@@ -89,6 +89,8 @@ def _take_remote_lanes(config: Config) -> Callable[[int], RemoteStepWriter] | No
 def serve(config: Config, run_dir: Path, first_epoch: int, supervisor: socket.socket) -> None:
     """Open the lanes and run the coordinator until a client ends it."""
     checkpoint = read_checkpoint_config(config.model.path)
+    # Now, while the ranks load, since it may take a look into a large file.
+    checkpoint = replace(checkpoint, eos_token_ids=end_token_ids(config.model.path, checkpoint))
     world_size = config.parallel.tensor_parallel_size
 
     open_remote = _take_remote_lanes(config)
